@@ -284,6 +284,12 @@ def test_what_a_file_may_hold_besides(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("source", ["bert-b", "roberta-b", "distilbert-b", "modernbert-b"])
+def test_a_model_without_logits_of_tokens_ties_nothing(source: str, tmp_path: Path) -> None:
+    edited(source, tmp_path / "a", tie_word_embeddings=False)
+    assert read_config(tmp_path / "a")[1] == read_config(GOLDENS / source)[1]
+
+
 @pytest.mark.parametrize("source", ["bert-a", "roberta-a", "modernbert-a"])
 def test_a_head_that_is_no_copy_of_the_embedding(source: str, tmp_path: Path) -> None:
     """It is kept though the config ties it, as transformers 5 does; logits by hand."""

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from jaxmodel import compress, tree
 from jaxmodel.errors import InputError
 from jaxmodel.evaluate.perplexity import perplexity, token_nll
+from jaxmodel.generation.beam import beam_search
 from jaxmodel.hub import Bundle, from_pretrained
 from jaxmodel.hub.bundle import read_config
 from jaxmodel.hub.families import families, family_of
@@ -280,6 +281,18 @@ def test_decoding_with_a_cache(name: str) -> None:
         out = apply(params, {"tokens": tokens[[0, 1], at][:, None], "mask": live}, out.cache)
         near(out.logits[:, 0][live[:, 0]], want["logits"][[0, 1], at][live[:, 0]], 2e-5)
     assert out.cache.length.tolist() == [mask.shape[1], start]
+
+
+def test_a_text_that_grows_beyond_the_context_of_the_training() -> None:
+    """Keys stay as they were turned; later ones go by the length that the text then has."""
+    bundle = from_pretrained(GOLDENS / "llama-dynamic")
+    want = read("llama-dynamic")
+    prompt = jnp.asarray(want["prompt"])
+    count = want["continued"].shape[1]
+    found = beam_search(bundle.model, bundle.params, prompt, beams=1, max_new_tokens=count)
+    assert bundle.model.config.rope_scaling.context == prompt.shape[1] + 3 < prompt.shape[1] + count
+    assert np.asarray(found.tokens[:, 0]).tolist() == want["continued"].tolist()
+    assert len(set(want["continued"][0].tolist())) > 3
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("gpt2")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -16,9 +17,11 @@ from safetensors.numpy import load_file, save_file
 from jaxmodel import tree
 from jaxmodel.errors import InputError
 from jaxmodel.hub import from_pretrained
+from jaxmodel.hub.families import family_of
 from jaxmodel.hub.families.bert import activation, activation_to_hf
 from jaxmodel.hub.families.llama import FAMILY
 from jaxmodel.layers import ACTIVATIONS
+from jaxmodel.models import llama
 from jaxmodel.ops import RopeScaling
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -265,3 +268,28 @@ def test_activations_by_every_name_that_transformers_has_for_them(
             < 1e-6
         ), name
         assert activation({"hidden_act": activation_to_hf(ours)}, "") == ours
+
+
+_GEMMA = {"qkv_bias": False, "query_scale": 20**-0.5, "qk_norm": False, "local_rope_base": None}
+_SCALED = {"rope_scaling": RopeScaling("dynamic", 2.0, 64)}
+_LONG = RopeScaling("longrope", 1.5, 64, near=(1.0,) * 4, far=(2.0, 3.0, 4.0, 5.0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "change"),
+    [
+        ("gemma2", "tiny-gemma", {**_GEMMA, **_SCALED}),
+        ("gemma2", "tiny-gemma", {**_GEMMA, "windows": ()}),
+        ("gemma2", "tiny-gemma", {**_GEMMA, "qkv_bias": True, "o_bias": True}),
+        ("qwen3", "tiny", {"qk_norm": True, "qkv_bias": True, "o_bias": True}),
+        ("smollm3", "tiny", {"windows": (3, 0)}),
+        ("llama", "tiny", _SCALED),
+        ("qwen2", "tiny", {"qkv_bias": True, "rope_scaling": _LONG}),
+        ("mistral", "tiny", {"windows": (3,), "rope_scaling": _LONG}),
+    ],
+)
+def test_what_a_kind_can_say_is_saved_as_it(kind: str, size: str, change: dict[str, Any]) -> None:
+    """And read back as the same; nothing is stored under names that only we read."""
+    config = dataclasses.replace(llama.SIZES[size], **change)
+    family, hf = family_of(llama.model(config))
+    assert hf["model_type"] == kind and family.config_from_hf(hf) == config

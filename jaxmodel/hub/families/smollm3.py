@@ -42,12 +42,14 @@ def _from_hf(hf: dict[str, Any]) -> llama.Config:
 
 
 def _to_hf(c: llama.Config) -> dict[str, Any] | None:
-    if not c.still:
+    if not c.still and not c.windows:
         return None
     windows = c.window_of_layers()
     return of_llama.common_to_hf(c, "smollm3", "SmolLM3ForCausalLM") | {
         "mlp_bias": c.mlp_bias,
-        "no_rope_layers": [int(not c.still[i % len(c.still)]) for i in range(c.depth)],
+        "no_rope_layers": [
+            int(not (c.still and c.still[i % len(c.still)])) for i in range(c.depth)
+        ],
         "use_sliding_window": any(windows),
         "sliding_window": max(windows) or None,
         "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],

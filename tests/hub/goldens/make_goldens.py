@@ -24,6 +24,7 @@ Each tiny model (random weights, biases and norms too) is a folder as transforme
                                       last of the context
     loss, grad:NAME                   mean cross entropy of the next token over what is not padding;
                                       its gradients
+    prompt, continued                 of a dynamic rotation: greedy tokens beyond its context
     load_balance                      where there are experts: transformers' loss of each layer by
                                       itself, summed
 
@@ -199,6 +200,8 @@ def tiny(name: str, spec: Tiny) -> None:
             input_ids=apart, position_ids=gaps, attention_mask=torch.ones_like(apart)
         ).logits
     more = {"load_balance": load_balance(config, out, mask)} if experts else {}
+    if rope.get("rope_type") == "dynamic":
+        more |= grown(model, text.max_position_embeddings, draw)
     save(
         name,
         tokens=tokens.to(torch.int32),
@@ -216,6 +219,16 @@ def tiny(name: str, spec: Tiny) -> None:
         },
     )
     print(f"{name}: logits from {out.logits.min():.2f} to {out.logits.max():.2f}, loss {loss:.4f}")
+
+
+def grown(model: Any, trained: int, draw: torch.Generator) -> dict[str, torch.Tensor]:
+    """A text that almost fills the context of the training, and its greedy continuation."""
+    prompt = torch.randint(model.config.vocab_size, (1, trained - 3), generator=draw)
+    options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": -1, "pad_token_id": 0}
+    with torch.no_grad():
+        text = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    found = {"prompt": prompt, "continued": text[:, prompt.shape[1] :]}
+    return {name: tokens.to(torch.int32) for name, tokens in found.items()}
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
