@@ -1,7 +1,7 @@
 """Optimisers by name, from optax, and Adam with 8-bit moments.
 
 `optimizer(name, rate)` is an optax transformation like any other, to be chained with others. To add
-one, write a function in `_MAKERS`.
+one, write a line in `optimizer`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ SMALLEST = 4096
 
 These are norms and biases, which take little memory and are sensitive to rounding.
 """
+
+NAMES = ("adamw", "adamw8", "sgd", "lion", "adafactor", "muon")
+"""The names that `optimizer` knows."""
 
 type Rate = float | optax.Schedule
 type Mask = Callable[[Any], Any]
@@ -78,16 +81,20 @@ def optimizer(
     >>> updates["w"].tolist(), updates["bias"].tolist()  # -0.1 (g + 0.5 w); a bias does not decay
     ([[-0.15000000596046448, 0.10000000149011612]], [-0.0])
     """
-    one_of("optimizer", name, _MAKERS)
+    one_of("optimizer", name, NAMES)
+    directions = {
+        "adamw": lambda: optax.scale_by_adam(b1, b2, eps),
+        "adamw8": lambda: scale_by_adam8(b1, b2, eps, seed=seed),
+        "sgd": lambda: optax.trace(b1) if b1 else optax.identity(),
+        "lion": lambda: optax.scale_by_lion(b1, b2),
+        "adafactor": lambda: each_layer(
+            optax.chain(optax.adafactor(None), optax.scale(-1.0)), roles
+        ),
+        "muon": lambda: _muon(b1, b2, eps, roles),
+    }
     mask = functools.partial(decaying, roles) if mask is None else mask
-    return _MAKERS[name](
-        rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask, roles=roles, seed=seed
-    )
-
-
-def names() -> list[str]:
-    """Return the names that `optimizer` knows."""
-    return list(_MAKERS)
+    decay = (decayed(weight_decay, mask),) if weight_decay else ()
+    return optax.chain(directions[name](), *decay, optax.scale_by_learning_rate(rate))
 
 
 def decaying(roles: Roles, params: Any) -> Any:
@@ -290,14 +297,6 @@ def _largest_update(b1: float, b2: float) -> float:
 # ------------------------------------------------------------------------------------------ by name
 
 
-def _decoupled(
-    direction: optax.GradientTransformation, rate: Rate, weight_decay: float, mask: Mask | None
-) -> Any:
-    """Return the update `-rate (u + weight_decay w)`."""
-    decay = (decayed(weight_decay, mask),) if weight_decay else ()
-    return optax.chain(direction, *decay, optax.scale_by_learning_rate(rate))
-
-
 def decayed(weight_decay: float, mask: Mask | None = None) -> optax.GradientTransformation:
     """Add weight decay: `u + weight_decay w`, in the dtype of u.
 
@@ -321,66 +320,11 @@ def decayed(weight_decay: float, mask: Mask | None = None) -> optax.GradientTran
     return optax.GradientTransformation(init, update)
 
 
-def _adamw(
-    rate: Rate,
-    *,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
-    mask: Mask | None,
-    **_: Any,
-) -> Any:
-    return _decoupled(optax.scale_by_adam(b1, b2, eps), rate, weight_decay, mask)
-
-
-def _adamw8(
-    rate: Rate,
-    *,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
-    mask: Mask | None,
-    seed: int,
-    **_: Any,
-) -> Any:
-    return _decoupled(scale_by_adam8(b1, b2, eps, seed=seed), rate, weight_decay, mask)
-
-
-def _sgd(rate: Rate, *, b1: float, weight_decay: float, mask: Mask | None, **_: Any) -> Any:
-    return _decoupled(optax.trace(b1) if b1 else optax.identity(), rate, weight_decay, mask)
-
-
-def _lion(
-    rate: Rate, *, b1: float, b2: float, weight_decay: float, mask: Mask | None, **_: Any
-) -> Any:
-    return _decoupled(optax.scale_by_lion(b1, b2), rate, weight_decay, mask)
-
-
-def _adafactor(
-    rate: Rate, *, weight_decay: float, mask: Mask | None, roles: Roles, **_: Any
-) -> Any:
-    direction = optax.chain(optax.adafactor(None), optax.scale(-1.0))
-    return _decoupled(each_layer(direction, roles), rate, weight_decay, mask)
-
-
-def _muon(
-    rate: Rate,
-    *,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
-    mask: Mask | None,
-    roles: Roles,
-    **_: Any,
-) -> Any:
+def _muon(b1: float, b2: float, eps: float, roles: Roles) -> optax.GradientTransformation:
+    matrices = functools.partial(_matrices, roles)
     settings: dict[str, Any] = {"adam_b1": b1, "adam_b2": b2, "eps": eps, "consistent_rms": 0.2}
-    steps = optax.contrib.muon(
-        1.0, muon_weight_dimension_numbers=functools.partial(_matrices, roles), **settings
-    )
-    return _decoupled(optax.chain(steps, optax.scale(-1.0)), rate, weight_decay, mask)
+    steps = optax.contrib.muon(1.0, muon_weight_dimension_numbers=matrices, **settings)
+    return optax.chain(steps, optax.scale(-1.0))
 
 
 def _matrices(roles: Roles, params: Any) -> Any:
@@ -398,13 +342,3 @@ def _matrices(roles: Roles, params: Any) -> Any:
         )
 
     return tree.map_leaves(axes, params)
-
-
-_MAKERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "adamw": _adamw,
-    "adamw8": _adamw8,
-    "sgd": _sgd,
-    "lion": _lion,
-    "adafactor": _adafactor,
-    "muon": _muon,
-}

@@ -241,21 +241,14 @@ def _of_norms(
     for batch in batches:
         # a first mean, around which the sums are taken; see `ops.norms.BatchStatsProbe`
         if total is None and fresh:
-            zeroed = _zeroed(params, norms)
+            # no bit of the result depends on the old statistics
+            zeroed = _changed(params, (f"{norm}/mean" for norm in norms), jnp.zeros_like)
             params = _with(params, _float64(measure(zeroed, batch)), zeroed)
         sums = _float64(measure(params, batch))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     if total is None:
         raise InputError(f"batches: none in pass {number}; allowed: a list of at least one")
     return _with(params, total, params)
-
-
-def _zeroed(params: tree.Params, norms: Iterable[str]) -> tree.Params:
-    """Set the means to zero, so that no bit of the result depends on the old statistics."""
-    means = {f"{norm}/mean" for norm in norms}
-    return tree.map_leaves(
-        lambda path, leaf: jnp.zeros_like(leaf) if path in means else leaf, params
-    )
 
 
 def _with(
@@ -316,7 +309,7 @@ def _of_module(
 
         if not rows:
             factors = _momenta(kept, params)
-            start = _filled(params, factors, 0.0)
+            start = _changed(params, factors, jnp.zeros_like)
         after = kept(start)
         size = float(len(jax.tree.leaves(batch)[0]))
         values = {path: after[path] / (1 - m) for path, m in factors.items()}
@@ -340,7 +333,7 @@ def _momenta(
     """Return m of each running average: the share of the old value that it keeps everywhere."""
     paths = _state(params)
     before = kept(params)
-    after = kept(_moved(params, paths))
+    after = kept(_changed(params, paths, lambda leaf: leaf + jnp.ones((), leaf.dtype)))
     slopes = {path: after[path] - before[path] for path in paths}
     even = lambda slope: (
         bool(slope.size)
@@ -353,25 +346,16 @@ def _momenta(
         if even(slope) and np.ptp(slope) < 1e-3 * (1 + np.abs(before[path]).max())
     }
     # exact, whatever the old values were
-    low, high = (
-        kept(_filled(params, sure, 0.0)),
-        kept(_filled(params, sure, 1.0)),
-    )
+    low = kept(_changed(params, sure, jnp.zeros_like))
+    high = kept(_changed(params, sure, jnp.ones_like))
     return {path: float(np.median(high[path] - low[path])) for path in sure}
 
 
-def _moved(params: tree.Params, paths: Iterable[str]) -> tree.Params:
+def _changed(
+    params: tree.Params, paths: Iterable[str], change: Callable[[jax.Array], jax.Array]
+) -> tree.Params:
     chosen = set(paths)
-    return tree.map_leaves(
-        lambda path, leaf: leaf + jnp.ones((), leaf.dtype) if path in chosen else leaf, params
-    )
-
-
-def _filled(params: tree.Params, paths: Iterable[str], value: float) -> tree.Params:
-    chosen = set(paths)
-    return tree.map_leaves(
-        lambda path, leaf: jnp.full_like(leaf, value) if path in chosen else leaf, params
-    )
+    return tree.map_leaves(lambda path, leaf: change(leaf) if path in chosen else leaf, params)
 
 
 def _mean_of(path: str) -> str:

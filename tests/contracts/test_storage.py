@@ -64,7 +64,7 @@ def apart(params: tree.Params) -> tree.Params:
     return tree.unstack(params)
 
 
-@pytest.mark.parametrize("name", optimizers.names())
+@pytest.mark.parametrize("name", optimizers.NAMES)
 def test_an_optimiser_of_stacked_layers_is_that_of_each(name):
     config = train.TrainConfig(
         steps=9, optimizer=name, warmup_steps=0, max_grad_norm=1.0, weight_decay=0.3
@@ -75,7 +75,7 @@ def test_an_optimiser_of_stacked_layers_is_that_of_each(name):
     chex.assert_trees_all_close(apart(together), alone, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", optimizers.names())
+@pytest.mark.parametrize("name", optimizers.NAMES)
 def test_an_expert_is_a_matrix_of_its_own(name):
     """Beside one whose gradients are a thousand times as large an expert moves as it would
     alone.

@@ -23,7 +23,7 @@ from jaxmodel.leaves import QTensor
 from jaxmodel.losses import next_token
 from jaxmodel.models import gpt2
 from jaxmodel.optim import rounding
-from jaxmodel.optim.optimizers import Adam8State, names, optimizer, scale_by_adam8
+from jaxmodel.optim.optimizers import NAMES, Adam8State, optimizer, scale_by_adam8
 from jaxmodel.train.state import init_state, state_shardings
 from jaxmodel.train.step import make_step
 
@@ -72,7 +72,7 @@ def test_every_name_is_what_optax_makes():
             0.01, adam_b2=0.95, consistent_rms=0.2, muon_weight_dimension_numbers=muons
         ),
     }
-    assert {*want, "adamw8"} == set(names())
+    assert {*want, "adamw8"} == set(NAMES)
     for name, by_optax in want.items():
         plain = name in ("adafactor", "muon", "sgd")
         ours = optimizer(

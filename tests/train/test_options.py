@@ -135,7 +135,7 @@ def test_a_changed_config_is_checked_too():
         BadSteps("Stop")
 
 
-@pytest.mark.parametrize("name", optimizers.names())
+@pytest.mark.parametrize("name", optimizers.NAMES)
 def test_every_optimiser_may_be_named(name):
     assert train.TrainConfig(optimizer=name).optimizer == name
 
