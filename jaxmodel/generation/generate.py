@@ -18,7 +18,7 @@ from jaxmodel.generation.sampling import GREEDY, SamplingParams
 from jaxmodel.generation.text import Writer
 from jaxmodel.hub.bundle import Bundle, need_processor
 from jaxmodel.hub.pretrained import from_pretrained
-from jaxmodel.progress import bar
+from jaxmodel.progress import Job, bar
 
 type Source = Bundle | str | Path
 
@@ -153,41 +153,57 @@ def generate_ids(
     rows, run, new_writer = _begin(source, prompts, request)
     completions = []
     total = len(rows) * request.max_new_tokens if show is None else 0
-    with (
-        bar(total, "generating", unit="token", first="compiling")
-        if total
-        else contextlib.nullcontext() as job
-    ):
+    shown = bar(total, "generating", unit="token", first="compiling")
+    with shown if total else contextlib.nullcontext() as job:
         for first in range(0, len(rows), chunk):
             part = rows[first : first + chunk]
             writers = [new_writer(row) for row in part]
-            seconds = np.zeros(len(part))
-            done = np.zeros(len(part), bool)
-            start = time.perf_counter()
-            prefill = None
-            for tokens in run(
-                part, done, first_row=first, **({} if show is None else {"steps": 1})
-            ):
-                if prefill is None:
-                    prefill = time.perf_counter() - start
-                    start = time.perf_counter()
-                for writer, line in zip(writers, tokens.tolist(), strict=True):
-                    writer.write(line)
-                if job is not None:
-                    job.advance(int(np.sum(~done)) * tokens.shape[1])
-                if show is not None and (piece := writers[0].read()):
-                    show(piece)
-                seconds[~done] = time.perf_counter() - start
-                done[:] = [writer.finish_reason is not None for writer in writers]
-            for writer, spent in zip(writers, seconds.tolist(), strict=True):
-                # the first came with the prefill
-                drawn = len(writer.ids) + (writer.finish_reason == "eos") - 1
-                speed = drawn / spent if drawn > 0 else 0.0
-                reason = writer.finish_reason or "length"
-                completions.append(
-                    GenerationResult(writer.text, writer.ids, reason, speed, prefill or 0.0)
-                )
+            if show is not None:
+                run = functools.partial(run, steps=1)
+            completions += _completed(
+                functools.partial(run, part, first_row=first), writers, job, show
+            )
     return completions
+
+
+def _completed(
+    run: Callable[[np.ndarray], Iterator[np.ndarray]],
+    writers: list[Writer],
+    job: Job | None,
+    show: Callable[[str], None] | None,
+) -> list[GenerationResult]:
+    """Generate the rows of a chunk, and measure their speed.
+
+    Args:
+      run: (which rows are done) -> the next tokens of all rows, piece by piece.
+      writers: the writer of each row.
+      job: the progress to report to, or None.
+      show: see `generate_ids`.
+    """
+    seconds = np.zeros(len(writers))
+    done = np.zeros(len(writers), bool)
+    start = time.perf_counter()
+    prefill = None
+    for tokens in run(done):
+        if prefill is None:
+            prefill = time.perf_counter() - start
+            start = time.perf_counter()
+        for writer, line in zip(writers, tokens.tolist(), strict=True):
+            writer.write(line)
+        if job is not None:
+            job.advance(int(np.sum(~done)) * tokens.shape[1])
+        if show is not None and (piece := writers[0].read()):
+            show(piece)
+        seconds[~done] = time.perf_counter() - start
+        done[:] = [writer.finish_reason is not None for writer in writers]
+    results = []
+    for writer, spent in zip(writers, seconds.tolist(), strict=True):
+        # the first came with the prefill
+        drawn = len(writer.ids) + (writer.finish_reason == "eos") - 1
+        speed = drawn / spent if drawn > 0 else 0.0
+        reason = writer.finish_reason or "length"
+        results.append(GenerationResult(writer.text, writer.ids, reason, speed, prefill or 0.0))
+    return results
 
 
 def stream(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from jaxmodel.generation.decode import padded, reads_source, round_up
 from jaxmodel.generation.generate import GenerationRequest, encode, for_inference
 from jaxmodel.hub.bundle import Bundle, need_processor
 from jaxmodel.hub.pretrained import from_pretrained
-from jaxmodel.hub.tokenizer import stream_decoder
+from jaxmodel.hub.tokenizer import Tokenizer, stream_decoder
 from jaxmodel.progress import progress
 
 
@@ -79,7 +80,6 @@ def beam_texts(
     rows = encode(
         bundle, prompts, GenerationRequest(max_new_tokens=max_new_tokens, special=special)
     )
-    ends = set(tokenizer.eos_ids)
     out = []
     names = ("source", "source_mask") if apart else ("tokens", "mask")
     for first in progress(range(0, len(rows), chunk), "beam search"):
@@ -95,17 +95,24 @@ def beam_texts(
             length_penalty=length_penalty,
             patient=patient,
         )
-        tokens, scores, lengths = map(np.asarray, found)
-        for i in range(len(part)):
-            row = []
-            for ids, score, length in zip(
-                tokens[i].tolist(), scores[i].tolist(), lengths[i].tolist(), strict=True
-            ):
-                if np.isfinite(score):
-                    ended = ids[length - 1] in ends
-                    ids = ids[: length - ended]
-                    push = stream_decoder(tokenizer, after=() if apart else part[i])
-                    text = "".join(map(push, [*ids, None]))
-                    row.append(Hypothesis(text, ids, score, "eos" if ended else "length"))
-            out.append(row)
+        for prompt, *beam in zip(part, *(np.asarray(a).tolist() for a in found), strict=True):
+            before = () if apart else prompt
+            out.append(
+                [
+                    _hypothesis(tokenizer, before, ids[:length], score)
+                    for ids, score, length in zip(*beam, strict=True)
+                    if math.isfinite(score)
+                ]
+            )
     return out
+
+
+def _hypothesis(
+    tokenizer: Tokenizer, before: Sequence[int], ids: list[int], score: float
+) -> Hypothesis:
+    """Return a text of a beam, without the id that ends it."""
+    ended = ids[-1] in tokenizer.eos_ids
+    ids = ids[: len(ids) - ended]
+    push = stream_decoder(tokenizer, after=before)
+    text = "".join(map(push, [*ids, None]))
+    return Hypothesis(text, ids, score, "eos" if ended else "length")
