@@ -25,12 +25,14 @@ rows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int8, Integer
 
 from jaxmodel import tree
@@ -150,47 +152,52 @@ class GradientCompression:
         mean = lambda a: jax.lax.psum(a.astype(jnp.float32) * part, self.axis)
         value = mean(value)
         others = {name: mean(metric) for name, metric in metrics.items() if name != "weight"}
-        flat = tree.flatten(grads)
-        shares = {path: g.astype(jnp.float32) * part for path, g in flat.items()}
-        memory = (
-            {} if residual is None else {path: e[0] for path, e in tree.flatten(residual).items()}
-        )
-        large = [path for path, grad in flat.items() if self._large(path, grad)]
-
-        def summed(
-            grads: dict[str, Array], memory: dict[str, Array], key: Any
-        ) -> tuple[dict[str, Array], dict[str, Array]]:
-            before = jnp.zeros(())
-            sums = {}
-            for i, (path, g) in enumerate(grads.items()):
-                # one after the other: simulated devices deadlock if they run independent
-                # collectives in different orders
-                g, _ = jax.lax.optimization_barrier((g, before))
-                if path not in large:
-                    g = jax.lax.psum(g, self.axis)
-                elif self.kind == "int8":
-                    g = sum_int8(g, self.axis, devices, jax.random.fold_in(key, i))
-                else:
-                    g, memory[path] = sum_top_k(
-                        g + memory[path], self.axis, max(1, round(self.share * g.shape[-1]))
-                    )
-                sums[path] = before = g
-            return sums, memory
-
+        shares = {path: g.astype(jnp.float32) * part for path, g in tree.flatten(grads).items()}
+        memory = {path: e[0] for path, e in tree.flatten(residual or {}).items()}
+        key = jax.random.fold_in(rng, _KEY)
+        large = {path for path, g in shares.items() if self._large(path, g)}
+        summed = functools.partial(self._summed, devices=devices, large=large)
         if places:  # else the partitioner would gather what is split over the other axes
             specs = {path: places[path] for path in shares}, {path: places[path] for path in memory}
             rest = {name for spec in places.values() for entry in spec for name in names_of(entry)}
             summed = jax.shard_map(
                 summed, in_specs=(*specs, P()), out_specs=specs, axis_names=rest, check_vma=False
             )
-        sums, memory = summed(shares, memory, jax.random.fold_in(rng, _KEY))
-        grads = tree.unflatten({path: g.astype(flat[path].dtype) for path, g in sums.items()})
-        memory = (
-            None
-            if residual is None
-            else tree.unflatten({path: e[None] for path, e in memory.items()})
-        )
-        return ((value, {**others, "weight": total}), grads), memory
+        sums, memory = summed(shares, memory, key)
+        grads = optax.tree.cast_like(tree.unflatten(sums), grads)
+        kept = {path: e[None] for path, e in memory.items()}
+        residual = None if residual is None else tree.unflatten(kept)
+        return ((value, {**others, "weight": total}), grads), residual
+
+    def _summed(
+        self,
+        grads: dict[str, Array],
+        memory: dict[str, Array],
+        key: jax.Array,
+        devices: int,
+        large: set[str],
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Return the sums over the axis, and what this device did not send.
+
+        The gradients are perhaps cut over other axes of the mesh; `large` names those that are
+        compressed.
+        """
+        before = jnp.zeros(())
+        sums = {}
+        memory = dict(memory)
+        for i, (path, g) in enumerate(grads.items()):
+            # one after the other: simulated devices deadlock if they run independent
+            # collectives in different orders
+            g, _ = jax.lax.optimization_barrier((g, before))
+            if path not in large:
+                g = jax.lax.psum(g, self.axis)
+            elif self.kind == "int8":
+                g = sum_int8(g, self.axis, devices, jax.random.fold_in(key, i))
+            else:
+                k = max(1, round(self.share * g.shape[-1]))
+                g, memory[path] = sum_top_k(g + memory[path], self.axis, k)
+            sums[path] = before = g
+        return sums, memory
 
 
 def residual_shardings(

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxmodel import ops, tree
 from jaxmodel.errors import InputError, at_least
@@ -101,7 +102,7 @@ def accumulated(run: GradientFn, parts: int) -> GradientFn:
         keys = jax.vmap(functools.partial(jax.random.fold_in, base))(jnp.arange(parts))
 
         def weighted(piece: Any, key: jax.Array) -> tuple[Any, jax.Array]:
-            ((value, metrics), grads), weight = run(trains, piece, key), None
+            (value, metrics), grads = run(trains, piece, key)
             weight = metrics["weight"].astype(jnp.float32)
             others = {name: metric for name, metric in metrics.items() if name != "weight"}
             return jax.tree.map(
@@ -112,12 +113,11 @@ def accumulated(run: GradientFn, parts: int) -> GradientFn:
             return jax.tree.map(jnp.add, total, weighted(*xs)), None
 
         shapes = jax.eval_shape(weighted, jax.tree.map(lambda a: a[0], pieces), keys[0])
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        zeros = optax.tree.zeros_like(shapes)
         dtypes = jax.eval_shape(run, trains, jax.tree.map(lambda a: a[0], pieces), keys[0])[1]
         (((value, metrics), grads), weight), _ = jax.lax.scan(body, zeros, (pieces, keys))
         share = 1 / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
         (value, metrics), grads = jax.tree.map(lambda a: a * share, ((value, metrics), grads))
-        grads = jax.tree.map(lambda g, like: g.astype(like.dtype), grads, dtypes)
-        return (value, {**metrics, "weight": weight}), grads
+        return (value, {**metrics, "weight": weight}), optax.tree.cast_like(grads, dtypes)
 
     return whole

@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError
@@ -285,7 +286,7 @@ class _Schedule:
             trains: tree.Params, given: Payload
         ) -> tuple[tuple[Payload, jax.Array], dict[str, jax.Array]]:
             found = self.forward(trains, given, m)
-            zeros = _zeros(jax.eval_shape(lambda: self.judged(trains, found, m)))
+            zeros = optax.tree.zeros_like(jax.eval_shape(lambda: self.judged(trains, found, m)))
             value, sums = jax.lax.cond(
                 self.last, lambda: self.judged(trains, found, m), lambda: zeros
             )
@@ -302,7 +303,7 @@ class _Schedule:
         nothing = self._payload(trains)
         shapes = jax.eval_shape(lambda: self.backward(trains, nothing, nothing, 0))
         kept = jax.tree.map(lambda a: jnp.zeros((self.stages, *a.shape), a.dtype), nothing)
-        totals = _zeros((shapes[0], shapes[2]))
+        totals = optax.tree.zeros_like((shapes[0], shapes[2]))
         pairs = [
             tuple(self._hops(slot) for slot in (tick, tick + 1))
             for tick in range(0, 2 * (self.count + self.stages - 1), 2)
@@ -330,10 +331,9 @@ class _Schedule:
         came_back: Payload,
         nothing: Payload,
     ) -> tuple[Any, Any, Payload, Payload]:
-        ahead = slot - self.place
-        back = slot + self.place - (2 * self.stages - 1)
-        is_ahead = (ahead % 2 == 0) & (ahead >= 0) & (ahead < 2 * self.count)
-        is_back = (back % 2 == 0) & (back >= 0) & (back < 2 * self.count)
+        ahead, back = self._twice(slot, self.place)
+        is_ahead = self._is_busy(ahead)
+        is_back = self._is_busy(back)
 
         def idle(kept: Any, totals: Any) -> Any:
             return kept, totals, nothing, nothing
@@ -368,32 +368,34 @@ class _Schedule:
         """
         if not isinstance(slot, int):
             return True, True
-        busy = lambda twice: twice % 2 == 0 and 0 <= twice < 2 * self.count
-        places = range(self.stages)
-        return any(busy(slot - s) for s in places), any(
-            busy(slot + s - 2 * self.stages + 1) for s in places
-        )
+        stages = [self._twice(slot, place) for place in range(self.stages)]
+        return any(self._is_busy(a) for a, _ in stages), any(self._is_busy(b) for _, b in stages)
+
+    def _twice(self, slot: Any, place: Any) -> tuple[Any, Any]:
+        """Return twice the micro-batch that a stage runs forward in a slot, and backward.
+
+        An odd number, or one outside of the batch, means none.
+        """
+        return slot - place, slot + place - (2 * self.stages - 1)
+
+    def _is_busy(self, twice: Any) -> Any:
+        return (twice % 2 == 0) & (twice >= 0) & (twice < 2 * self.count)
 
     def _hops(self, slot: int) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
         """Return which stages send ahead after a slot, and which send back."""
-        busy = lambda twice: twice % 2 == 0 and 0 <= twice < 2 * self.count
-        places = range(self.stages)
-        ahead = tuple((s, s + 1) for s in places[:-1] if busy(slot - s))
-        return ahead, tuple((s, s - 1) for s in places[1:] if busy(slot + s - 2 * self.stages + 1))
+        busy = [tuple(map(self._is_busy, self._twice(slot, s))) for s in range(self.stages)]
+        ahead = tuple((s, s + 1) for s in range(self.stages - 1) if busy[s][0])
+        return ahead, tuple((s, s - 1) for s in range(1, self.stages) if busy[s][1])
 
     def _payload(self, trains: tree.Params) -> Payload:
         """Return zeros in the shape of what passes from stage to stage."""
         x = jax.eval_shape(lambda: self.begun(tree.combine(trains, self.frozen), 0)[0])
         zeros = jnp.zeros(x.shape, x.dtype)
         aux = jax.eval_shape(lambda: self.forward(trains, (zeros, {}), 0)[1])
-        return zeros, _zeros(aux)
+        return zeros, optax.tree.zeros_like(aux)
 
 
 def _send(payload: Payload, pairs: tuple[tuple[int, int], ...]) -> Payload:
     if not pairs:
-        return _zeros(payload)
+        return optax.tree.zeros_like(payload)
     return jax.tree.map(lambda a: jax.lax.ppermute(a, AXIS, pairs), payload)
-
-
-def _zeros(shapes: Any) -> Any:
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
