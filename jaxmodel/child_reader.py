@@ -23,7 +23,7 @@ def tokenizer(path: str, texts: Sequence[str]) -> None:
         rows = [row.ids for row in made.encode_batch_fast(list(texts), add_special_tokens=True)]
         made.decode_batch([row[:1000] for row in rows])
     except Exception:
-        # a refused text is no fault of the file; a panic of Rust is no Exception
+        # a refused text is not a fault of the file; a panic of Rust is no Exception
         return
 
 

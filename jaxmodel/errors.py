@@ -134,7 +134,7 @@ def at_least(argument: str, value: object, least: int = 1) -> None:
 
 
 def within(name: str, value: object, allowed: int | Range) -> None:
-    """Refuse a value that is no number of a range.
+    """Refuse a value that is not a number of a range.
 
     Raises:
       InputError: the value is out of range, not finite, or no number.

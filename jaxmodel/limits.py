@@ -59,7 +59,7 @@ def allow(**more: int | float) -> Limits:
       All limits, with the changes.
 
     Raises:
-      InputError: an unknown name, or a value that is no number above 0.
+      InputError: an unknown name, or a value that is not a number above 0.
 
     >>> before = limits()
     >>> allow(pixels=2e8).pixels

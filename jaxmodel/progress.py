@@ -282,7 +282,7 @@ def _show_in_notebook(job: Job, status: str, over: bool = False) -> None:
 
 
 def _in_notebook() -> bool:
-    """Whether this runs in a kernel of Jupyter, whose cells show HTML."""
+    """Return whether this runs in a Jupyter kernel, whose cells show HTML."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return getattr(shell, "kernel", None) is not None

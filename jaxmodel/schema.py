@@ -2,8 +2,8 @@
 
 Kinds are `int`, `float`, `bool`, `str`, `None`, `Literal[...]`, `list[...]`, `tuple[...]`,
 `dict[str, ...]`, unions of them, `Annotated[int, Range(1, 10)]`, a TypedDict (other keys pass), a
-dataclass (they do not) and `Any`. A whole number is a float too, `true` is no number, and no number
-is infinite.
+dataclass (they do not) and `Any`. A whole number is a float too, `true` is not a number, and no
+number is infinite.
 """
 
 from __future__ import annotations

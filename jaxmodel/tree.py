@@ -77,7 +77,7 @@ def flatten(params: Any) -> dict[str, Leaf]:
 
     Raises:
       InputError: a dict under a key `blocks` breaks the law of segments (see above), or the tree
-        contains a list, a tuple, None, a key that is no text or has a `/`, an empty dict, or
+        contains a list, a tuple, None, a key that is not a string or has a `/`, an empty dict, or
         itself.
     """
     return dict(_walk(params, ()))
@@ -105,13 +105,13 @@ def unflatten(leaves: Mapping[str, Leaf]) -> Params:
 
 
 def check(params: Any) -> None:
-    """Refuse anything that is no tree of weights, before it is used.
+    """Refuse anything that is not a tree of weights, before it is used.
 
     JAX would end the process at a dict that contains itself.
 
     Raises:
-      InputError: as for `flatten`, or a leaf that is no array of real numbers, such as complex ones
-        (the imaginary part would be lost) or texts.
+      InputError: as for `flatten`, or a leaf that is not an array of real numbers, such as complex
+        ones (the imaginary part would be lost) or texts.
 
     >>> check({"w": jnp.ones(3, jnp.complex64)})
     Traceback (most recent call last):
@@ -194,7 +194,7 @@ def segments(node: Params) -> list[str]:
     """Return the segments in the dict under a key `blocks`, in the order of depth.
 
     Raises:
-      InputError: a key is no segment, or they do not cover 0, 1, 2, ... without gap or overlap.
+      InputError: a key is not a segment, or they do not cover 0, 1, 2, ... without gap or overlap.
     """
     keys = _segments_at((BLOCKS,), node)
     edges = [0, *(_span(key).stop for key in keys)]

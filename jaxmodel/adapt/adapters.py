@@ -50,13 +50,13 @@ class LoRA:
       rslora: use `scale = alpha / sqrt(rank)`, which suits high ranks (Kalajdzievski, 2023).
       dropout: in training, the probability that an element of the adapter's input is dropped, as in
         PEFT; the others are divided by `1 - dropout`. The weight itself sees the whole input. The
-        draw depends only on the step's key, so a run can be repeated. Two kinds of adapters have
-        no dropout: that of a language model's head, because losses call it without a key, and that
-        of an embedding table.
+        draw depends only on the step's key, so a run can be repeated. Two kinds of adapters have no
+        dropout: that of a language model's head, because losses call it without a key, and that of
+        an embedding table.
 
     Raises:
-      InputError: a rank below 1, an alpha that is no positive number, or a dropout below 0 or not
-        below 1.
+      InputError: a rank below 1, an alpha that is not a positive number, or a dropout below 0 or
+        not below 1.
     """
 
     rank: int = 8
@@ -99,8 +99,8 @@ def lora(
       The wrapped model, whose `rules` cover the adapters, and the parameters with adapters.
 
     Raises:
-      InputError: an adapter for a leaf that is no matrix or already has one, or a value that is no
-        `LoRA`.
+      InputError: an adapter for a leaf that is not a matrix or already has one, or a value that is
+        no `LoRA`.
 
     >>> from jaxmodel.models import gpt2
     >>> model = gpt2.model(gpt2.SIZES["tiny"])

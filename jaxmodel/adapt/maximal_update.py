@@ -215,7 +215,7 @@ def _narrower(config: Any, width: int) -> Any:
 def _scored(config: Any, base: Any) -> Any:
     """Return the config with scores divided by the width of a head.
 
-    Every other setting that is no size is as in the base.
+    Every other setting that is not a size is as in the base.
     """
     wide, narrow = (getattr(c, "head_width", c.width // c.heads) for c in (config, base))
     changed: dict[str, Any] = {}

@@ -85,7 +85,7 @@ def sizes(place: Any) -> dict[str, int]:
 def move(place: Any, aside: Any, first: str) -> None:
     """Rename a folder.
 
-    In a bucket its files are moved one after the other, beginning with that of the name `first`.
+    In a bucket its files are moved one after another, beginning with that of the name `first`.
     """
     if not is_remote(str(place)):
         place.rename(aside)

@@ -1,4 +1,4 @@
-"""What a manifest records about a state, and how two records differ."""
+"""Records of a state in a manifest, and the differences of two records."""
 
 from __future__ import annotations
 

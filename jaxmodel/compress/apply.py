@@ -91,8 +91,9 @@ def apply(
       The compressed tree and the report.
 
     Raises:
-      InputError: a rule or leaf without the other, a rule whose value is no chain, statistics of a
-        leaf that is not there, a method that does not take a leaf, or a named recipe without axes.
+      InputError: a rule or leaf without the other, a rule whose value is not a chain, statistics of
+        a leaf that is not there, a method that does not take a leaf, or a named recipe without
+        axes.
     """
     stats = stats or {}
     tree.check(params)

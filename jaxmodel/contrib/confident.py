@@ -53,7 +53,7 @@ def confident_learning(
       labels: the given labels.
 
     Raises:
-      InputError: shapes that do not fit, rows that are no distributions, or labels that are no
+      InputError: shapes that do not fit, rows that are not distributions, or labels that are no
         classes.
 
     >>> p = np.array([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.2, 0.8], [0.1, 0.9]])

@@ -277,7 +277,7 @@ def _semi(
         key = jax.random.fold_in(rng, _VIEWS)
         views, value = term(model, params, rows, key, state)
         own = _seen(augment, jax.random.fold_in(key, 2), inputs)
-        # a field without unlabelled rows is no input of the model
+        # a field without unlabelled rows is not an input of the model
         both = {name: jnp.concatenate([own[name], views[name]]) for name in own if name in views}
         z = model.apply(params, both, rng=rng, train=True).logits
         labelled, (values, metrics) = z[:count], value(z[count:])

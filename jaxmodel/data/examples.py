@@ -83,7 +83,7 @@ class Answers:
     learnt. Texts in one row do not see each other.
 
     Attributes:
-      ids: token ids of all texts, one after the other, int32.
+      ids: token ids of all texts, one after another, int32.
       learnt: for each id, whether it is to be learnt.
       begins: the start of each text in `ids`, in the order of the rows, and the end of the last.
       firsts: the index of the first text of each row, and the number of texts.

@@ -300,7 +300,7 @@ class Column:
         return self.take(np.array([start]), np.array([stop - start]))
 
     def take(self, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Return the items of several ranges, one after the other, as a copy."""
+        """Return the items of several ranges, one after another, as a copy."""
         if not is_remote(self.path):
             if len(starts) == 1:
                 return self._mapped[starts[0] : starts[0] + counts[0]].copy()
@@ -315,7 +315,7 @@ class Column:
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return the whole numbers of several ranges, one after the other.
+    """Return the whole numbers of several ranges, one after another.
 
     >>> ranges(np.array([5, 0]), np.array([2, 3]))
     array([5, 6, 0, 1, 2])

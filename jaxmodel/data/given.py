@@ -17,7 +17,7 @@ from jaxmodel.errors import InputError
 DEFAULT_ROWS = 32
 KEPT_FIRST = 1024
 KEPT_LAST = 8
-"""How much of an iterable is kept: the batches of the first rows, and the last batches.
+"""The part of an iterable that is kept: batches with this many first rows, and the last batches.
 
 Batch statistics are measured on the first rows.
 """
@@ -163,7 +163,7 @@ class Passed:
       argument: the name of `given` in errors.
 
     Raises:
-      InputError: the first item is no batch, or there is none.
+      InputError: the first item is not a batch, or there is none.
     """
 
     fingerprint = "an iterable"

@@ -42,7 +42,7 @@ class ImageFolder:
     A label is the index of its class in `names`. Images are decoded by `hub.decode` (upright, with
     white behind transparent parts), scaled to cover `resize` and cropped at the centre. `processor`
     does the same and belongs into the bundle of a model trained on them, as
-    `Bundle(model, params, folder.processor, {"labels": names})`. Files that are no images are left
+    `Bundle(model, params, folder.processor, {"labels": names})`. Files that are not images are left
     out, and one line says how many. Hidden files and folders are ignored.
 
     Attributes:
@@ -57,7 +57,7 @@ class ImageFolder:
 
     Raises:
       InputError: a folder without images in sub-folders, or with images of another class; a size
-        out of range; when read, a file that is no image.
+        out of range; when read, a file that is not an image.
     """
 
     folder: files.Where
@@ -188,7 +188,7 @@ class ImageFolder:
         return {"pixels": pixels, "labels": self.labels[indices]}
 
     def _left_out(self) -> str:
-        """Describe in a line the files in the folders of classes that are no images."""
+        """Describe in a line the files in the folders of classes that are not images."""
         kinds: collections.Counter[str] = collections.Counter()
         taken = set(self.paths)
         for path in self._below:

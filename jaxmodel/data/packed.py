@@ -154,7 +154,7 @@ class ShardWindows:
     """Windows of all tokens of shards, cut as by `windows`, for the `data` of a `Stream`.
 
     Attributes:
-      shards: the documents, one after the other.
+      shards: the documents, one after another.
       length: tokens in a window, at least 2.
       stride: tokens between the starts of two windows; `length` when left out. For batches of width
         T in which every token but the first is predicted once: `length=T + 1, stride=T`.

@@ -29,8 +29,8 @@ class WithUnlabelled:
       other: a stream with `each * B` rows in a batch.
 
     Raises:
-      InputError: a batch size of the other stream that is no multiple of the first, or a field that
-        already has the prefix.
+      InputError: a batch size of the other stream that is not a multiple of the first, or a field
+        that already has the prefix.
 
     >>> import numpy as np
     >>> from jaxmodel.data import Stream

@@ -1,6 +1,6 @@
 """Texts tokenised once, with their ids in files that are mapped into memory or read by byte ranges.
 
-For each shard a folder holds the ids of its documents, one after the other (`tokens-*.bin`: uint16
+For each shard a folder holds the ids of its documents, one after another (`tokens-*.bin`: uint16
 if the vocabulary allows it, else uint32), and the start of each and the end of the last
 (`offsets-*.bin`: int64), little-endian. `index.json`, written last, has their sizes and digests. No
 document is split between shards.

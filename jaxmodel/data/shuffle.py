@@ -19,7 +19,7 @@ def permute(places: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray
     with a = ceil(sqrt(N)) and b = ceil(N / a), a position x is the pair (x mod a, x div a). Each
     round adds a keyed hash of one half to the other, mod a or b (a Feistel network). Results beyond
     N, fewer than a, pass through again until they fall below N (cycle walking). So every position
-    costs the same, and no memory but its own. It is no cipher.
+    costs the same, and no memory but its own. It is not a cipher.
 
     Args:
       places: positions, int64 [n], each from 0 to count - 1.

@@ -1,4 +1,4 @@
-"""Documents of a source, whatever its format, one after the other and never the whole of a file.
+"""Documents of a source, whatever its format, one after another and never the whole of a file.
 
 | source                            | documents                                                    |
 |-----------------------------------|--------------------------------------------------------------|

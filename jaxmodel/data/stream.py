@@ -257,7 +257,7 @@ class Stream:
 
 
 def _check_arrays(fields: Mapping[str, Any]) -> None:
-    """Refuse fields that are no arrays with rows of numbers, such as lists."""
+    """Refuse fields that are not arrays with rows of numbers, such as lists."""
     for name, a in fields.items():
         if not hasattr(a, "shape") or not hasattr(a, "dtype") or a.dtype == object:
             given = f"an array of {a.dtype}" if hasattr(a, "dtype") else type(a).__name__

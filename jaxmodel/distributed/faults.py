@@ -20,7 +20,7 @@ from jaxmodel.errors import InputError
 
 NOTICE_EVERY = 1.0  # seconds between two polls of the URL with maintenance notices
 NO_NOTICE = "NONE"  # the text there when no maintenance is near, as on Google's cloud
-STARTING = 20  # factor of a watchdog's patience during these phases, which are no steps:
+STARTING = 20  # factor of a watchdog's patience during these phases, which are not steps:
 LONG = ("start", "compile", "evaluate", "checkpoint")
 BEAT = 2.0  # seconds between two reports of a rank on where it is
 # environment variable with the id of the launcher that started this process as one of several

@@ -1,4 +1,4 @@
-"""Where the time of a run went, over all its restarts, each instant in exactly one category.
+"""Accounts of a run's time over all its restarts, each instant in exactly one category.
 
 A line is written about once a second, so that little is unrecorded if a run is killed. That and the
 time until the restart count as `down`. What was computed after the checkpoint from which the run

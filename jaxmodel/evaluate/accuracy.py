@@ -55,8 +55,8 @@ def accuracy(
         twice.
 
     Raises:
-      InputError: no rows, another number of labels than rows, a label that is no class, or a size
-        below 1.
+      InputError: no rows, another number of labels than rows, a label that is not a class, or a
+        size below 1.
 
     >>> scores = np.asarray([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]], np.float32)
     >>> found = accuracy(lambda params, x: x, {}, scores, np.asarray([1, 0, 1, 1]))

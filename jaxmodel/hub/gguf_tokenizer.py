@@ -132,7 +132,7 @@ def _byte_level(
     with border("metadata: tokenizer.ggml.tokens and merges are inconsistent"):
         vocabulary = {token: i for i, token in enumerate(tokens)}
         pairs = [_pair(merge) for merge in merges]
-        # A merge whose result is no token is undone in llama.cpp, so it is left out here.
+        # A merge whose result is not a token is undone in llama.cpp, so it is left out here.
         pairs = [
             (a, b)
             for a, b in pairs

@@ -86,7 +86,7 @@ class MoE(nn.Module):
     ) -> tuple[Int[Array, "B T n"], Float[Array, "B T n"]]:
         """Return the experts of each token and their weights.
 
-        Padding is sent to the index after the last expert, which is no group.
+        Padding is sent to the index after the last expert, which is not a group.
         """
         best, expert = jax.lax.top_k(scores, self.chosen)
         whole = best if self.normed else scores

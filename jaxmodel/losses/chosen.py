@@ -68,8 +68,8 @@ def checked_loss(loss: Any) -> Loss:
     rows.
 
     Raises:
-      InputError: `loss` is no function or has other arguments; when called, it reads a field that
-        the batch lacks, or returns something else.
+      InputError: `loss` is not a function or has other arguments; when called, it reads a field
+        that the batch lacks, or returns something else.
 
     >>> def mean_of_x(model, params, batch, rng=None, *, train=True):
     ...     return jnp.mean(batch["x"])

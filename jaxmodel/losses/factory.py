@@ -34,8 +34,8 @@ def supervised(
     The batch has `labels` (classes `[B]` or distributions `[B, C]`), optionally `weights` `[B]`,
     and the model's inputs. A weight of 0 marks a row that only fills up the batch; its label does
     not matter. The weight w_i of a row is its weight in the batch times
-    `sum_c t_c class_weights_c`, or 0 if its label is -100. Any other label that is no class makes
-    the loss NaN, and `fit` then names it.
+    `sum_c t_c class_weights_c`, or 0 if its label is -100. Any other label that is not a class
+    makes the loss NaN, and `fit` then names it.
 
     Args:
       each: a function of logits and labels, one of `jaxmodel.losses` or your own; bind its settings
@@ -100,7 +100,7 @@ def classification(
       model: a model with logits `[B, C]`.
       params: its parameters.
       batch: `labels` `[B]` or `[B, C]`, optionally `weights` `[B]`, and the model's inputs. See
-        `supervised` for labels that are no class.
+        `supervised` for labels that are not classes.
       rng: for dropout.
       train: False for evaluation, without smoothing.
       smoothing: the share of each label that is spread over all classes (Szegedy et al., 2015).

@@ -14,14 +14,14 @@ from jaxmodel.errors import BELOW_ONE, SHARE, InputError, within
 def distribution(labels: Array, classes: int) -> Float[Array, "... C"]:
     """Return labels as distributions over the classes.
 
-    An integer that is no class gives NaN, so that the loss shows it.
+    An integer that is not a class gives NaN, so that the loss shows it.
 
     Args:
       labels: classes `[...]`, or distributions `[..., C]`, which stay as they are.
       classes: C.
 
     Raises:
-      InputError: the distributions have another number of classes, or the labels are no numbers.
+      InputError: the distributions have another number of classes, or the labels are not numbers.
 
     >>> distribution(jnp.array([2, 0]), 3).tolist()
     [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
@@ -83,7 +83,7 @@ def class_sums(logits: Float[Array, "N C"], labels: Int[Array, " N"]) -> Float[A
 
     Args:
       logits: the logits of N rows.
-      labels: the classes of the rows; a row whose label is no class does not count.
+      labels: the classes of the rows; a row whose label is not a class does not count.
 
     Returns:
       The sums `[C, C]`, indexed by label, then by class. Each row sums to the number of rows

@@ -96,7 +96,7 @@ def regularized(loss: Loss, rules: tree.Rules) -> Loss:
       The loss. In training, its metrics include `penalty`, the amount added.
 
     Raises:
-      InputError: when called, a text is no penalty, or the leaf is compressed or of integers.
+      InputError: when called, a text is not a penalty, or the leaf is compressed or of integers.
     """
     values = [(pattern, parsed(value, Penalty)) for pattern, value in rules]
 

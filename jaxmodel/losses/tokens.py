@@ -112,7 +112,7 @@ def _cross_entropy(
         return jnp.where(targets == IGNORED, 0.0, each)
 
     def chunks(params: tree.Params, x: Array, targets: Array) -> Array:
-        """Run the chunks one after the other; the last is filled up with zeros."""
+        """Run the chunks one after another; the last is filled up with zeros."""
         (b, t), size = targets.shape, min(chunk or 1, targets.shape[1])
         pieces = lambda a: jnp.moveaxis(
             jnp.pad(a, [(0, 0), (0, -t % size), *[(0, 0)] * (a.ndim - 2)]).reshape(

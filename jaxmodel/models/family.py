@@ -66,7 +66,7 @@ def family(
       name: the name of the family; "" for that of the file.
 
     Raises:
-      InputError: the config is no frozen dataclass, or another file has taken the name.
+      InputError: the config is not a frozen dataclass, or another file has taken the name.
 
     >>> from jaxmodel.models import gpt2
     >>> model = gpt2.model(gpt2.SIZES["tiny"])

@@ -130,7 +130,7 @@ def from_linen(
 
     Raises:
       InputError: `module` is no Linen module, or `inputs` has another form; when the model is run,
-        the output is no array, or an `rng` is needed and missing.
+        the output is not an array, or an `rng` is needed and missing.
     """
     if not isinstance(module, nn.Module):
         raise InputError(
@@ -168,8 +168,8 @@ def from_nnx(
       The model; weights of a module that exists already are `nnx_params(module)`.
 
     Raises:
-      InputError: `module` is no module and makes none, `inputs` has another form, or the module has
-        a cache; when it is run, see `from_linen`.
+      InputError: `module` is not a module and makes none, `inputs` has another form, or the module
+        has a cache; when it is run, see `from_linen`.
 
     >>> from flax import nnx
     >>> x = jax.ShapeDtypeStruct((1, 4), jnp.float32)

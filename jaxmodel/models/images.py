@@ -1,4 +1,4 @@
-"""Parts that image classifiers share. This is no architecture: it has no `Config`."""
+"""Parts that image classifiers share. This is not an architecture: it has no `Config`."""
 
 from __future__ import annotations
 

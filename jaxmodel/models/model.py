@@ -149,7 +149,7 @@ class Model:
 
     @property
     def continues(self) -> bool:
-        """Whether it continues a text, its only input `tokens`: a decoder without an encoder."""
+        """True for a decoder without an encoder: it continues a text, its only input `tokens`."""
         return self.init_cache is not None and list(self.inputs(1, 1)) == ["tokens"]
 
 

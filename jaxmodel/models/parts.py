@@ -1,6 +1,6 @@
 """The functions that a model is composed of, as types, and some that several families share.
 
-This is no architecture: it has no `Config`.
+This is not an architecture: it has no `Config`.
 """
 
 from __future__ import annotations

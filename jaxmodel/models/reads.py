@@ -1,4 +1,4 @@
-"""`reads`: what stands in front of what in a model, told by tracing it."""
+"""`reads`: which leaves are upstream of which in a model, found by tracing it."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ class _Block(nn.Module):
 
 
 def _memory(context: dict[str, Any], cache: Any) -> tuple[Any, Any, Any]:
-    """Return the memory, where it is no padding, and the keys if an earlier call has made them."""
+    """Return the memory, where it is not padding, and the keys if an earlier call made them."""
     if "memory" in context:
         return context["memory"], context["memory_mask"], None
     return cache.memory, cache.valid, cache.keys

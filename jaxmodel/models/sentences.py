@@ -1,6 +1,6 @@
 """Vectors of texts, as encoders with the head "embed" make them.
 
-This is no architecture: it has no `Config`.
+This is not an architecture: it has no `Config`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def block_product(
     width: int,
     run: Callable[[Array, Any], Array],
 ) -> Float[Array, "... out"]:
-    """Compute `y_r = w_r @ x[columns_r]` for each block row r, one after the other.
+    """Compute `y_r = w_r @ x[columns_r]` for each block row r, one after another.
 
     x is transposed once so that each of its blocks is contiguous, and each step is one matrix
     product that fits the cache. (Measured on a CPU against one batched product of gathered blocks:

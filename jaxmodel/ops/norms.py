@@ -118,7 +118,7 @@ def _mean(wide: Float[Array, "B *space D"], counts: Array | None) -> Float[Array
 
 @register
 class BatchStatsProbe:
-    """What takes the place of a batch norm's `mean` to do more than normalise.
+    """A replacement of a batch norm's `mean` that does more than normalise.
 
     `counts` marks the rows of the batch whose moments are taken; rows that only fill up a batch do
     not count. `zeros` measures the input, as a `Probe` does for a contraction: the gradient of

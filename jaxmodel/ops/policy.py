@@ -21,7 +21,7 @@ _ATTENTION = ("auto", "plain", "blockwise")
 @moved.keywords(**moved.POLICY)
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """How a model computes; frozen and hashable, so that equal policies share compiled functions.
+    """The settings of a computation; frozen and hashable, so equal ones share compiled functions.
 
     Attributes:
       compute_dtype: dtype of the operands of every contraction; sums, norms and softmax are always
@@ -34,7 +34,7 @@ class Policy:
         length), "auto" (by length).
       axes: letter of an activation's axis -> mesh axes, such as `(("B", ("data", "fsdp")),
         ("H", "tensor"), ("F", "tensor"))`.
-      microbatches: the number of parts of a batch that pass one after the other through the
+      microbatches: the number of parts of a batch that pass one after another through the
         pipeline stages of a mesh; 0 for as many as there are stages. With S stages and M parts, a
         stage is idle for (S - 1) / (M + S - 1) of the time.
       unroll: the number of layers in one iteration of the loop over layers. More layers compile

@@ -16,7 +16,7 @@ KINDS = ("linear", "dynamic", "llama3", "yarn", "longrope")
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How the frequencies of a model are scaled for a longer context than it was trained with.
+    """A scaling of rotary frequencies, for a longer context than that of the training.
 
     Attributes:
       kind: "linear" (Chen et al., 2023): all are divided by `factor`; "dynamic" (bloc97

@@ -70,7 +70,7 @@ def project(rules: tree.Rules) -> optax.GradientTransformation:
         that train. Layers of a segment may differ.
 
     Raises:
-      InputError: a text is no bound; when used, a bound is given for a compressed leaf, or there
+      InputError: a text is not a bound; when used, a bound is given for a compressed leaf, or there
         are no params.
 
     >>> optimizer = optax.chain(optax.sgd(1.0), project([("w", "maxnorm(5)"), (".*", None)]))

@@ -41,7 +41,7 @@ def quantize_weights(
         32 that divides a row, else one scale per row.
 
     Raises:
-      InputError: the bits are not allowed, or a leaf is no plain matrix.
+      InputError: the bits are not allowed, or a leaf is not a plain matrix.
 
     >>> import jax.numpy as jnp
     >>> params = {"up": jnp.ones((256, 64)), "up_bias": jnp.zeros(256)}

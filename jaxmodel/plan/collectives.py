@@ -99,8 +99,8 @@ def collectives(program: jax.stages.Compiled | str) -> list[Collective]:
       program: the result of `jax.jit(f).lower(...).compile()`, or the text of its module.
 
     Raises:
-      InputError: the text is no module, or a collective is in a loop whose number of iterations the
-        module does not tell.
+      InputError: the text is not a module, or a collective is in a loop whose number of iterations
+        the module does not tell.
     """
     text = program if isinstance(program, str) else program.as_text() or ""
     module, entry = _parse(text)

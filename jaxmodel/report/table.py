@@ -209,7 +209,7 @@ def _rich(rows: Sequence[Row], columns: Sequence[Column]) -> Any:
         head = Text(title, justify="right" if right else "left")
         table.add_column(head, overflow="fold", vertical="bottom")
     for cells in zip(*made, strict=True):
-        table.add_row(*map(Text, cells))  # as Text, brackets in a name are no markup
+        table.add_row(*map(Text, cells))  # as Text, brackets in a name are not markup
     return table
 
 

@@ -114,7 +114,7 @@ class Evaluator:
         for j in range(self._once.steps):
             value, metrics = self._score(params, self._batch(params, j))
             if not np.isfinite(float(value)):
-                explain(self._model, self._once, j, "heldout")  # says if a label is no class
+                explain(self._model, self._once, j, "heldout")  # says if a label is not a class
             rows.append({"loss": value, "weight": np.float32(1), **metrics})
         weights = np.array([float(row["weight"]) for row in rows])
         total = weights.sum()

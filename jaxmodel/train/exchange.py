@@ -3,7 +3,7 @@
     step = make_step(model, loss, optimizer, exchange=Exchange("int8"))
     state = init_state(params, optimizer, exchange=Exchange("int8"))
 
-Each device computes the gradient of its own rows (of all its micro-batches, one after the other).
+Each device computes the gradient of its own rows (of all its micro-batches, one after another).
 The devices exchange gradients once per step, in a `shard_map` over the data axis. The other axes of
 the mesh are not affected: what is split over `fsdp` or `tensor` is exchanged shard by shard. Bytes
 of a step among n devices, by the table of `jaxmodel.plan.collectives`, where a plain all-reduce of
@@ -49,7 +49,7 @@ _KEY = 2**32 - 6
 
 @dataclasses.dataclass(frozen=True)
 class GradientCompression:
-    """How gradients are summed over the data axis.
+    """A way to sum gradients over the data axis.
 
     Attributes:
       kind: "int8" or "top_k".
@@ -186,7 +186,7 @@ class GradientCompression:
         sums = {}
         memory = dict(memory)
         for i, (path, g) in enumerate(grads.items()):
-            # one after the other: simulated devices deadlock if they run independent
+            # one after another: simulated devices deadlock if they run independent
             # collectives in different orders
             g, _ = jax.lax.optimization_barrier((g, before))
             if path not in large:

@@ -119,7 +119,7 @@ def check_batch(model: Model, params: tree.Params, batch: Mapping[str, Any]) -> 
             hint = "numbers (of names of classes, np.unique(names, return_inverse=True)[1])"
             raise InputError(f"data: {name} is an array of {a.dtype}; allowed: {hint}")
     vocab = getattr(model.config, "vocab", None)
-    # positions of a model that reads any length are relative: its table is no limit
+    # positions of a model that reads any length are relative: its table is not a limit
     any_length = getattr(model.config, "any_length", False)
     table = None if any_length else params.get("positions")
     if vocab is None or "tokens" not in batch:

@@ -1,4 +1,4 @@
-"""Where a run stands in its data, counted in rows, whatever the size of its batches."""
+"""The position of a run in its data, counted in rows, whatever the size of its batches."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_size(state: TrainState, batch_size: int) -> None:
     """Refuse a batch size at which `data_step` alone no longer says where a state stands.
 
     Raises:
-      InputError: the rows that were taken are no whole number of such batches.
+      InputError: the rows that were taken are not a whole number of such batches.
     """
     then = int(state.extra.get(BATCH_SIZE, 0))
     if then and then != batch_size and (row := next_row(state)) % batch_size:

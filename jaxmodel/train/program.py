@@ -246,12 +246,12 @@ class Program:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """What else the bits of a run depend on: mesh, processes, devices, processors, jaxlib."""
+        """The environment of a run's bits: mesh, processes, devices, processors, jaxlib."""
         return placing.environment(self.mesh)
 
     @functools.cached_property
     def trainable(self) -> tree.Trains:
-        """Which leaves train: as the config says, or all but the model's statistics."""
+        """The rules of which leaves train: the config's, or all but the model's statistics."""
         rules = self.config.trainable
         return axes.trainable(self.model.axes) if rules is None else rules
 

@@ -151,7 +151,7 @@ def make_step(
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuse an optimiser that is no transformation of optax; None is the default of `fit`.
+    """Refuse an optimiser that is not a transformation of optax; None is the default of `fit`.
 
     Raises:
       InputError: it is none; the message says how to choose one by name.

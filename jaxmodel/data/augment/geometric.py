@@ -70,7 +70,7 @@ class _Mapped(ImageAugmentation):
 class Affine(_Mapped):
     """Rotation, scale, shear and translation in one sampling.
 
-    It blurs less and costs less than one after the other.
+    It blurs less and costs less than one after another.
 
     Attributes:
       degrees: the angle is drawn from -degrees to degrees.

@@ -165,7 +165,7 @@ def distributions(
 ) -> tuple[Float[Array, "B C"], Float[Array, "B"]]:
     """Return the labels as distributions over the classes, and the weights of the rows.
 
-    A distribution is NaN if its label is no class, and 0 if its row does not count.
+    A distribution is NaN if its label is not a class, and 0 if its row does not count.
 
     Raises:
       InputError: no labels, or neither classes `[B]` nor distributions `[B, C]`.
