@@ -5,6 +5,8 @@ It has a cheap dither, codes on a curved grid, and weights whose scales change s
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
@@ -65,6 +67,7 @@ def group_of(length: int, groups: tuple[int, ...] = GROUPS) -> int | None:
 # ------------------------------------------------------------------------------------------ weights
 
 
+@functools.partial(jax.jit, static_argnames=("group", "bits"), inline=True)
 def rounded(weight: Float[Array, "... out in"], group: int | None = None, bits: int = 8) -> QTensor:
     """Quantise a weight to the nearest codes, to begin training with.
 
@@ -88,6 +91,7 @@ def rounded(weight: Float[Array, "... out in"], group: int | None = None, bits: 
     return QTensor.from_codes(codes.astype(jnp.int32), scale, bits=bits, group=group)
 
 
+@functools.partial(jax.jit, inline=True)
 def moved(leaf: QTensor, update: Float[Array, "..."], key: jax.Array) -> QTensor:
     """Add an update with stochastic rounding: `E[decode(moved(w, u))] = decode(w) + u`.
 
