@@ -21,6 +21,11 @@ OUT = 6
 IN = 32
 
 
+# A program for each shape in place of one for each of its operations. Without jit the operation is
+# called where errors and dtypes are tested.
+einsum = jax.jit(ops.einsum, static_argnums=(0, 3), static_argnames=("h", "H", "g"))
+
+
 def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
@@ -123,7 +128,7 @@ def test_einsum_of_arrays(equation, plain, x, w, w_logical, sizes):
     x = normal(*x)
     w = normal(*w, seed=1)
     want = jnp.einsum(plain, x, w.reshape(w_logical), precision="highest")
-    got = ops.einsum(equation, x, w, **sizes)
+    got = einsum(equation, x, w, **sizes)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
@@ -180,9 +185,9 @@ def test_einsum_of_a_compressed_leaf_is_that_of_its_decoded_weight(name):
     want = np.einsum(
         "btd,fd->btf", np.asarray(x, np.float64), np.asarray(leaf.decode(), np.float64)
     )
-    got = jax.jit(lambda x, w: ops.einsum("BTD,FD->BTF", x, w))(x, leaf)
+    got = einsum("BTD,FD->BTF", x, leaf)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    bf16 = ops.einsum("BTD,FD->BTF", x, leaf, ops.Policy(compute_dtype="bfloat16"))
+    bf16 = einsum("BTD,FD->BTF", x, leaf, ops.Policy(compute_dtype="bfloat16"))
     assert bf16.dtype == jnp.float32
     np.testing.assert_allclose(bf16, want, atol=0.02 * np.abs(want).max())
 
@@ -200,7 +205,7 @@ def test_int8_activations_equal_the_reference(name, rows):
     leaf = DYNAMIC[name](normal(OUT, IN))
     x = normal(rows, IN, seed=2)
     want = reference_int8(x, np.asarray(leaf.decode(), np.float64))
-    np.testing.assert_allclose(ops.einsum("BD,FD->BF", x, leaf), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(einsum("BD,FD->BF", x, leaf), want, rtol=1e-5, atol=1e-5)
     assert (
         np.abs(want - np.asarray(x) @ np.asarray(leaf.decode()).T).max() > 1e-3
     )  # rounding is there
@@ -218,9 +223,7 @@ def test_int8_codes_and_products_are_exact():
         jnp.asarray(codes, jnp.int32), jnp.ones((3, 1)), bits=8, activations="int8"
     )
     want = np.asarray(x, np.int64) @ codes.T
-    np.testing.assert_array_equal(
-        np.asarray(ops.einsum("BD,FD->BF", x, leaf)), want.astype(np.float32)
-    )
+    np.testing.assert_array_equal(np.asarray(einsum("BD,FD->BF", x, leaf)), want.astype(np.float32))
 
 
 def test_round_rows():
@@ -237,12 +240,10 @@ def test_a_row_alone_equals_the_row_among_others(name, compute):
     leaf = MAKE[name](normal(OUT, IN))
     policy = ops.Policy(compute_dtype=compute)
     x = normal(5, IN, seed=3)
-    many = ops.einsum("BD,FD->BF", x, leaf, policy)
-    one = jnp.concatenate([ops.einsum("BD,FD->BF", x[i : i + 1], leaf, policy) for i in range(2)])
+    many = einsum("BD,FD->BF", x, leaf, policy)
+    one = jnp.concatenate([einsum("BD,FD->BF", x[i : i + 1], leaf, policy) for i in range(2)])
     np.testing.assert_allclose(one, many[:2], rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(
-        ops.einsum("D,FD->F", x[0], leaf, policy), many[0], rtol=1e-6, atol=1e-6
-    )
+    np.testing.assert_allclose(einsum("D,FD->F", x[0], leaf, policy), many[0], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "policy"), [("bf16", "bfloat16"), ("s8", "float32")])
@@ -259,14 +260,14 @@ def test_batch_letters_of_a_compressed_leaf(name):
     leaf = MAKE[name](normal(3, OUT, IN))
     x = normal(3, 4, IN, seed=1)
     layers = [jax.tree.map(lambda a, i=i: a[i], leaf) for i in range(3)]
-    want = jnp.stack([ops.einsum("TD,FD->TF", x[i], one) for i, one in enumerate(layers)])
-    np.testing.assert_allclose(ops.einsum("ETD,EFD->ETF", x, leaf), want, rtol=1e-5, atol=1e-5)
+    want = jnp.stack([einsum("TD,FD->TF", x[i], one) for i, one in enumerate(layers)])
+    np.testing.assert_allclose(einsum("ETD,EFD->ETF", x, leaf), want, rtol=1e-5, atol=1e-5)
 
 
 def test_grouped_letters_of_a_compressed_leaf():
     leaf = quantise(normal(6, IN), 4, group=8)
     x = normal(2, 3, 4, 8, seed=1)
-    got = ops.einsum("BTHh,(Kg)(Hh)->BTKg", x, leaf, g=3)
+    got = einsum("BTHh,(Kg)(Hh)->BTKg", x, leaf, g=3)
     want = jnp.einsum("BTHh,KgHh->BTKg", x, leaf.decode().reshape(2, 3, 4, 8), precision="highest")
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
@@ -309,11 +310,14 @@ def test_gradients_pass_the_rounding_of_int8_activations(name):
     leaf = DYNAMIC[name](normal(OUT, IN))
     x = normal(3, IN, seed=1)
     seed = normal(3, OUT, seed=2)
-    got = jax.grad(lambda x: jnp.sum(ops.einsum("BD,FD->BF", x, leaf) * seed))(x)
+    run = jax.jit(
+        jax.grad(lambda x, seed: jnp.sum(ops.einsum("BD,FD->BF", x, leaf) * seed)),
+    )
+    got = run(x, seed)
     np.testing.assert_allclose(
         got, np.asarray(seed) @ np.asarray(leaf.decode()), rtol=1e-4, atol=1e-4
     )
-    one = jax.grad(lambda x: jnp.sum(ops.einsum("BD,FD->BF", x, leaf) * seed[:1]))(x[:1])
+    one = run(x[:1], seed[:1])
     np.testing.assert_allclose(one, got[:1], rtol=1e-5, atol=1e-5)
 
 

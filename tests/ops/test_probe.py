@@ -35,6 +35,11 @@ def by_hand(x: jax.Array) -> dict[str, np.ndarray]:
     }
 
 
+def program(loss, argnums=0):
+    """The gradient by one program; without jit it is taken below."""
+    return jax.jit(jax.grad(loss, argnums))
+
+
 def close(got: dict, want: dict) -> None:
     assert set(got) == set(want)
     for name, statistic in want.items():
@@ -110,12 +115,12 @@ def test_zeros_for_says_what_is_wrong():
 def test_the_gradients_of_everything_else_are_unchanged():
     x = normal(3, 6)
     w = normal(4, 6, seed=1)
-    plain = jax.grad(lambda x, w: jnp.sum(jnp.sin(ops.einsum("BD,FD->BF", x, w))), (0, 1))(x, w)
+    plain = program(lambda x, w: jnp.sum(jnp.sin(ops.einsum("BD,FD->BF", x, w))), (0, 1))(x, w)
 
     def probed(x, w, zeros):
         return jnp.sum(jnp.sin(ops.einsum("BD,FD->BF", x, ops.Probe(w, zeros))))
 
-    got = jax.grad(probed, (0, 1, 2))(x, w, zeros_for(w.shape, ALL))
+    got = program(probed, (0, 1, 2))(x, w, zeros_for(w.shape, ALL))
     for a, b in zip(got[:2], plain, strict=True):
         np.testing.assert_array_equal(a, b)
     close(got[2], by_hand(x))
@@ -132,7 +137,7 @@ def test_the_statistic_does_not_depend_on_the_loss():
     ):
         zeros = zeros_for(w.shape, ALL)
         close(
-            jax.grad(lambda z, f=loss: f(ops.einsum("BD,FD->BF", x, ops.Probe(w, z))))(zeros),
+            program(lambda z, f=loss: f(ops.einsum("BD,FD->BF", x, ops.Probe(w, z))))(zeros),
             by_hand(x),
         )
 
@@ -142,14 +147,14 @@ def test_what_no_gradient_reaches_counts_zero():
     x = normal(3, 6)
     w = normal(4, 6, seed=1)
     blocked = lambda z: jnp.sum(jax.lax.stop_gradient(ops.einsum("BD,FD->BF", x, ops.Probe(w, z))))
-    assert jax.grad(blocked)(zeros_for(w.shape, ALL))["count"] == 0
+    assert program(blocked)(zeros_for(w.shape, ALL))["count"] == 0
 
 
 def test_batch_letters_have_statistics_each():
     x = normal(3, 5, 6)
     w = normal(3, 4, 6, seed=1)
     zeros = zeros_for(w.shape, ALL)
-    got = jax.grad(lambda z: jnp.sum(ops.einsum("ETD,EFD->ETF", x, ops.Probe(w, z))))(zeros)
+    got = program(lambda z: jnp.sum(ops.einsum("ETD,EFD->ETF", x, ops.Probe(w, z))))(zeros)
     for i in range(3):
         close({name: statistic[i] for name, statistic in got.items()}, by_hand(x[i]))
 
@@ -157,7 +162,7 @@ def test_batch_letters_have_statistics_each():
 def test_grouped_input_letters_are_one_axis():
     x = normal(2, 3, 2, 4)
     w = normal(5, 8, seed=1)
-    got = jax.grad(lambda z: jnp.sum(ops.einsum("BTHh,D(Hh)->BTD", x, ops.Probe(w, z))))(
+    got = program(lambda z: jnp.sum(ops.einsum("BTHh,D(Hh)->BTD", x, ops.Probe(w, z))))(
         zeros_for(w.shape, ALL)
     )
     close(got, by_hand(x.reshape(2, 3, 8)))
@@ -232,7 +237,7 @@ def test_statistics_of_every_expert_of_every_scanned_layer(remat):
 def test_two_batch_letters_have_statistics_each():
     x = normal(2, 3, 5, 6)
     w = normal(2, 3, 4, 6, seed=1)
-    got = jax.grad(lambda z: jnp.sum(ops.einsum("GETD,GEFD->GETF", x, ops.Probe(w, z))))(
+    got = program(lambda z: jnp.sum(ops.einsum("GETD,GEFD->GETF", x, ops.Probe(w, z))))(
         zeros_for(w.shape, ALL)
     )
     for g, e in np.ndindex(2, 3):
@@ -263,7 +268,7 @@ def test_vmap_over_inputs_is_a_sum(jit):
 def test_vmap_of_the_gradient_keeps_inputs_apart():
     x = normal(5, 3, D)
     w = normal(4, D, seed=1)
-    one = lambda x: jax.grad(lambda z: jnp.sum(ops.einsum("BD,FD->BF", x, ops.Probe(w, z))))(
+    one = lambda x: program(lambda z: jnp.sum(ops.einsum("BD,FD->BF", x, ops.Probe(w, z))))(
         zeros_for(w.shape, ALL)
     )
     got = jax.vmap(one)(x)
@@ -273,7 +278,7 @@ def test_vmap_of_the_gradient_keeps_inputs_apart():
 
 def test_counts_do_not_read_the_values():
     x = jnp.asarray([[jnp.nan, 1.0], [jnp.inf, 2.0]])
-    got = jax.grad(lambda z: jnp.nansum(ops.einsum("BD,FD->BF", x, ops.Probe(normal(3, 2), z))))(
+    got = program(lambda z: jnp.nansum(ops.einsum("BD,FD->BF", x, ops.Probe(normal(3, 2), z))))(
         zeros_for((3, 2), [])
     )
     assert float(got["count"]) == 2
@@ -311,7 +316,7 @@ def test_a_tied_table_counts_lookups_and_contractions_apart():
 def test_tokens_outside_the_table_count_for_the_row_that_they_take():
     table = normal(4, D)
     ids = jnp.asarray([[-1, 4, 99, 2]])
-    got = jax.grad(lambda z: jnp.sum(ops.embed(ops.Probe(table, z), ids)))(
+    got = program(lambda z: jnp.sum(ops.embed(ops.Probe(table, z), ids)))(
         zeros_for(table.shape, ["tokens"])
     )
     np.testing.assert_array_equal(got["tokens"], [1, 0, 1, 2])
