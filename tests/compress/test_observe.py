@@ -5,6 +5,7 @@ a recipe.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,12 @@ def segmented(*starts: int) -> tree.Params:
     return tree.split(PARAMS, part)
 
 
+@functools.cache
+def observed(*starts: int) -> dict:
+    """What is measured of the params in these segments."""
+    return compress.observe(MODEL, segmented(*starts), BATCHES, "blocks/.*")
+
+
 def close(got, want, **message) -> None:
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4, **message)
@@ -241,8 +248,7 @@ def test_each_layer_gets_its_own_statistics(seen, given, recipe):
     """However the layers were stacked when they were measured, are stacked now, and are split by
     the recipe.
     """
-    stats = compress.observe(MODEL, segmented(*seen), BATCHES, "blocks/.*")
-    out, report = compress.apply(recipe, segmented(*given), stats)
+    out, report = compress.apply(recipe, segmented(*given), observed(*seen))
     before, after = (tree.flatten(tree.unstack(params)) for params in (PARAMS, out))
     for layer, leaf in before.items():
         if layer in WANT and layer != "head":
