@@ -54,6 +54,9 @@ FORMS = ("clip/tiny", "llama/tiny", "llama/tiny-sparse", "resnet/tiny", "rnn/tin
 recurrence, and a text that is read and another that is written.
 """
 
+CACHED = ("gpt_oss/tiny", "llama/tiny")
+"""For laws about code that all caches share: with windows that differ by layer, and without."""
+
 
 def is_decoder(name: str) -> bool:
     """Whether a member reads one text and continues it."""
@@ -220,18 +223,24 @@ def form(member) -> Case:
 
 
 @pytest.fixture
+def cached(member) -> Case:
+    """One of each kind of cache: for laws about code that is one for all of them."""
+    return member
+
+
+@pytest.fixture
 def decoder(member) -> Case:
     """A member that reads one text and continues it."""
     return member
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """All four are one fixture of the session, so that pytest runs the tests of a member, of all
+    """All five are one fixture of the session, so that pytest runs the tests of a member, of all
     files, one after the other.
     """
     if "member" in metafunc.fixturenames:
         decoders = [name for name in TINY if is_decoder(name)]
-        lists = {"kind": KINDS, "form": FORMS, "decoder": decoders}
+        lists = {"kind": KINDS, "form": FORMS, "decoder": decoders, "cached": CACHED}
         names = next(
             (names for fixture, names in lists.items() if fixture in metafunc.fixturenames), TINY
         )

@@ -182,10 +182,10 @@ def test_attention_in_blocks_is_the_same_with_a_cache_and_without(decoder):
     close(in_halves(model, decoder.params, decoder.tokens), whole)
 
 
-def test_the_cache_with_layers_in_segments(decoder):
+def test_the_cache_with_layers_in_segments(cached):
     close(
-        in_halves(decoder.model, decoder.apart, decoder.tokens),
-        decoder.apply(decoder.params, decoder.inputs),
+        in_halves(cached.model, cached.apart, cached.tokens),
+        cached.apply(cached.params, cached.inputs),
     )
 
 
