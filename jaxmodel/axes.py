@@ -12,12 +12,12 @@ Syntax. One letter is one axis. Letters in parentheses share an axis, slowest fi
 head after another. Brackets denote a concatenation along an axis: `[C0+C1]`. A letter may carry a
 number (`C0`, `C12`). A capital letter is a set of unordered units: if they are permuted in all
 leaves of their group, the model computes the same. A small letter (`h` of a head, which rotary
-positions order; `x` of a kernel; `c` of classes) and the letters listed in `Axes.ordered` (`V`)
-have an order that is fixed by something other than the weights. `_` is an axis about which nothing
-is declared. A word may follow: `table` for rows that are looked up, `router` for a matrix whose
-outputs choose experts, `measured` for statistics that no optimiser trains. `...` alone declares
-nothing about any axis, however many there are; the role of such a leaf is guessed from its name and
-shape.
+positions order; `x` of a kernel; `c` of classes; `t` of learnt positions) and the letters listed in
+`Axes.ordered` (`V`) have an order that is fixed by something other than the weights. `_` is an axis
+about which nothing is declared. A word may follow: `table` for rows that are looked up, `router`
+for a matrix whose outputs choose experts, `measured` for statistics that no optimiser trains. `...`
+alone declares nothing about any axis, however many there are; the role of such a leaf is guessed
+from its name and shape.
 
 Scope. A letter belongs to its layer, and outside of layers to its folder: `F` of `blocks/3` and `F`
 of `blocks/4` are two sets. The letters listed in `Axes.shared` (by default `D` and `V`) and all
@@ -295,11 +295,15 @@ def assign(axes: Axes, params: tree.Params) -> dict[str, Letters]:
 
     Raises:
       InputError: a leaf without letters, or with a number of letters other than its number of axes,
-        or a rule that decides nothing.
+        a letter that joins leaves of different sizes, or a rule that decides nothing.
     """
-    texts = tree.assign([(pattern, text) for pattern, text, *_ in axes.rules], params)
+    try:
+        texts = tree.assign([(pattern, text) for pattern, text, *_ in axes.rules], params)
+    except InputError as error:
+        raise InputError(f"axes: {str(error).removeprefix('rules: ')}") from None
     found = {}
-    for path, shape in _shapes(params).items():
+    shapes = _shapes(params)
+    for path, shape in shapes.items():
         letters = read(texts[path])
         if letters.role == _ANY:
             letters = Letters((_UNKNOWN,) * len(shape), letters.role)
@@ -308,6 +312,7 @@ def assign(axes: Axes, params: tree.Params) -> dict[str, Letters]:
                 f"axes: the leaf {path!r} has the shape {list(shape)} but the axes {str(letters)!r}"
             )
         found[path] = letters
+    _sizes(axes, found, shapes, all_known=False)
     return found
 
 
@@ -508,11 +513,15 @@ def _scoped(axes: Axes, path: str, letter: str) -> str:
 
 
 def _sizes(
-    axes: Axes, by_path: Mapping[str, Letters], shapes: Mapping[str, tuple[int, ...]]
+    axes: Axes,
+    by_path: Mapping[str, Letters],
+    shapes: Mapping[str, tuple[int, ...]],
+    all_known: bool = True,
 ) -> dict[str, int]:
     """Solve for the size of each set of units.
 
-    Axes with one unknown letter determine it; this is repeated until nothing new is found.
+    Axes with one unknown letter determine it; this is repeated until nothing new is found. What
+    remains unknown is an error if `all_known`.
     """
     given = dict(axes.sizes)
     known = {}
@@ -546,6 +555,8 @@ def _sizes(
                     f"axes: an axis of {path!r} has the length {length}, which does not fit {said}"
                 )
         if len(left) == len(waiting):
+            if not all_known:
+                break
             parts, length, path = left[0]
             unknown = sorted(name for name in _flat(parts) if size(name) is None)
             names = ", ".join(unknown)

@@ -141,7 +141,15 @@ def test_a_leaf_of_which_nothing_is_said_has_its_role_by_its_shape():
         ),
         (
             lambda: axes.roles(Axes((("up", "F"),)), {"up": jnp.ones(3), "in": jnp.ones(3)}),
-            "no rule covers the leaf 'in'",
+            "axes: no rule covers the leaf 'in'",
+        ),
+        (
+            lambda: axes.assign(
+                Axes((("blocks/.*/up", "FD"), ("blocks/.*/down", "FD"))),
+                {"blocks": {"0-1": {"up": jnp.ones((2, 6, 3)), "down": jnp.ones((2, 3, 6))}}},
+            ),
+            "an axis of 'blocks/0/down' has the length 3, which does not fit blocks/0/F = 6 "
+            r"\(blocks/0/up\)",
         ),
         (
             lambda: axes.groups(

@@ -241,9 +241,15 @@ class Orthogonal(Initializer):
 
 @dataclasses.dataclass(frozen=True)
 class Own(Initializer):
-    """`scale` times the model's own initial weights; None in a rule means `own(1)`."""
+    """`scale` times the model's own initial weights; None in a rule means `own(1)`.
+
+    Attributes:
+      scale: a factor.
+      rms: their root mean square in each layer, in place of the model's; None for the model's.
+    """
 
     scale: float = 1.0
+    rms: float | None = None
 
     def __call__(
         self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
@@ -382,7 +388,10 @@ def _draw(maker: Any, key: jax.Array, path: str, own: jax.Array, words: Any = No
     if maker is None:
         return own
     if isinstance(maker, Own):
-        return (maker.scale * own).astype(own.dtype)
+        size = jnp.sqrt(jnp.mean(jnp.square(own.astype(jnp.float32))))
+        size = jnp.where(size == 0, jnp.ones_like(size), size)
+        times = maker.scale if maker.rms is None else maker.scale * maker.rms / size
+        return (times * own).astype(own.dtype)
     high, low = _words(path) if words is None else words
     try:
         drawn = maker(jax.random.fold_in(jax.random.fold_in(key, high), low), own.shape, own.dtype)

@@ -1,13 +1,26 @@
 """Maximal update parametrisation (muP): models of all widths share one learning rate.
 
-Source: Yang et al., 2022, "Tensor Programs V". Each leaf is compared with that of a *base* model,
-the narrow one whose learning rate is known. Let `m` be how many times wider the input of a leaf is
-than in the base. Then, with Adam:
+Source: Yang et al., 2022, "Tensor Programs V", table 8. Each leaf is compared with that of a *base*
+model, the narrow one whose learning rate is known. Let `m` be how many times wider the input of a
+leaf is than in the base. Then, with Adam and its relatives:
 
-    leaf                                   initial weights      learning rate
-    grows in both axes (a hidden matrix)   times m ** -0.5      times 1 / m
-    grows in its input only (a readout)    times 1 / m          times 1 / m
-    all others (tables, biases, norms)     as in the base       as in the base
+    leaf                                   deviation at first    learning rate
+    grows in both axes (a hidden matrix)   times m ** -0.5       times 1 / m
+    grows in its input only (a readout)    times 1 / m           times 1 / m
+    all others (tables, biases, norms)     as in the base        as in the base
+
+How it is used, with a base of width 64 for which 3e-3 was found to be best:
+
+    wide = mup(model, 64)  # or the config of the base, where it has more widths than one
+    params = jax.jit(lambda key: initialize(wide.model, key, wide.init))(jax.random.key(0))
+    optimizer = optax.chain(optim.optimizer("adamw", 3e-3), scale_by_path(wide.rates))
+    state, history = train.fit(wide.model, stream, config, params=params, optimizer=optimizer)
+
+and `coord_check` shows whether it holds for a model of your own. It is there for every family that
+declares its axes, in the package or not: how much wider a leaf is follows from its shapes in both
+models, what is looked up, a readout or an expert from its axes, and how a table or a vector is read
+from a trace. A kernel's places count like inputs, and of a sparse matrix only what is there. The
+family's own first weights are measured in the base, so they may depend on the width in any way.
 
 Attention scores are divided by the width of a head instead of its square root. A head tied to the
 embedding needs a factor 1 / m on the logits. Here the norm in front of it has that factor in its
@@ -37,22 +50,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmodel import tree
+from jaxmodel import axes, tree
 from jaxmodel.adapt.initializers import Constant, Own
-from jaxmodel.axes import role_of
 from jaxmodel.errors import InputError
+from jaxmodel.leaves import BlockSparse
 from jaxmodel.models.checks import check_params
 from jaxmodel.models.family import build_of
 from jaxmodel.models.model import Inputs, Model
+from jaxmodel.models.reads import Read, reads, scales
 
-FAMILIES = {"bert": "head/norm", "gpt2": "norm", "llama": "norm", "vit": None}
-"""The norm in front of a head that is tied to the embedding, by family.
+_GROWING = ("width", "mlp_width", "expert_width", "heads", "kv_heads", "growth")
+"""The fields of a config that shrink with its width, where the base is given by its width."""
 
-Only families whose own initial weights have the same deviation at every width are listed: the
-factors above multiply these.
-"""
-
-_GROWING = ("width", "mlp_width", "heads", "kv_heads")
+_SCALES = {
+    "embed_scale": lambda c: c.width**0.5,
+    "head_scale": lambda c: c.scale,
+    "query_scale": lambda c: c.head_width**-0.5,
+}
+"""Factors in a config that go with the width where they are None, and what they are then."""
 
 
 class Mup(NamedTuple):
@@ -69,6 +84,14 @@ class Mup(NamedTuple):
     rates: tree.Rules
 
 
+class _Leaf(NamedTuple):
+    """A leaf of one layer: the sizes of its axes, and of a product of letters the input's size."""
+
+    shape: tuple[int, ...]
+    inputs: float
+    kind: Any  # its dtype, or the type of a compressed leaf
+
+
 def mup(model: Model, base: int | Any) -> Mup:
     """Return a model with rules for its first weights and learning rates that follow muP.
 
@@ -77,21 +100,22 @@ def mup(model: Model, base: int | Any) -> Mup:
     (`[("head", "zeros"), *rules]`, which the paper recommends).
 
     Args:
-      model: a model of one of `FAMILIES`, not wrapped.
+      model: a model of a family that declares its axes, not wrapped.
       base: the config of the base model, or its width. A width means that the feed-forward width
         and the numbers of heads shrink in proportion and that heads keep their width.
 
     Raises:
-      InputError: another family, a wrapped model, a base that differs in more than its widths, or
-        heads of another width in a family whose config has no scale of the scores.
+      InputError: a wrapped model, one of no family or without axes, a base that differs in more
+        than its widths, heads of another width in a family whose config has no scale of the scores,
+        or a tied head without a norm in front.
     """
     config = model.config
-    family = model.family
-    if family not in FAMILIES:
-        raise InputError(
-            f"model: a config of {type(config).__module__} given; allowed: {', '.join(FAMILIES)}"
-        )
     build = build_of(model)
+    if not model.family or any(text == "..." for _, text, *_ in model.axes.rules):
+        raise InputError(
+            f"model: {'one whose axes are not declared' if model.family else 'one of no family'} "
+            f"given; allowed: a family that declares what its leaves' axes are (see models.family)"
+        )
     if build is None:
         raise InputError(
             "model: a wrapped model given; allowed: a model as its family makes it (wrap the "
@@ -100,47 +124,29 @@ def mup(model: Model, base: int | Any) -> Mup:
     base = _narrower(config, base) if isinstance(base, int) else base
     if type(base) is not type(config):
         raise InputError(
-            f"base: {type(base).__name__} given; allowed: a width, or a config of {family}"
+            f"base: {type(base).__name__} given; allowed: a width, or a config of {model.family}"
         )
-    wide = _scored(config, base)
-    shapes, narrow = (
-        {
-            layer: tree.layer_shape(path, leaf)
-            for path, leaf in leaves.items()
-            for layer in tree.layer_paths(path)
-        }
-        for leaves in (_shapes(build(c, model.policy)) for c in (wide, base))
-    )
-    if unlike := sorted(shapes.keys() ^ narrow.keys()):
+    small = build(base, model.policy)
+    wide = build(_settled(model, small), model.policy)
+    leaves, narrow = _leaves(wide), _leaves(small)
+    if unlike := sorted(leaves.keys() ^ narrow.keys()):
         raise InputError(
             f"base: it differs from the model in the leaf {unlike[0]!r}; allowed: another width "
             f"of the same model"
         )
-    role = role_of(model.axes)  # a table is looked up, so only its output has a width
-    factors = {
-        path: _factors(path, shape, narrow[path], role(path, shape))
-        for path, shape in shapes.items()
-    }
-    factors |= _tied(FAMILIES[family], factors, config, base)
-    kinds: dict[str, dict[tuple[Any, float], list[str]]] = {}
-    for path, pair in factors.items():
-        kinds.setdefault(re.sub(r"(^|/)blocks/\d+/", r"\1blocks/N/", path), {}).setdefault(
-            pair, []
-        ).append(path)
-    init: list[tuple[str, Any]] = []
-    rates: list[tuple[str, Any]] = []
-    for kind, pairs in kinds.items():
-        for (start, rate), paths in pairs.items():
-            pattern = (
-                re.escape(kind).replace("/N/", r"/\d+/")
-                if len(pairs) == 1
-                else "|".join(map(re.escape, paths))
-            )
-            if start is not None:
-                init.append((tree.optional(pattern), start))
-            if rate != 1:
-                rates.append((tree.optional(pattern), rate))
-    return Mup(build(wide, model.policy), (*init, (".*", None)), (*rates, (".*", 1.0)))
+    if leaves == narrow:
+        return Mup(wide, ((".*", None),), ((".*", 1.0),))
+    role = axes.role_of(model.axes)
+    found = reads(wide)
+    first = _sizes_at_first(small)
+    factors: dict[str, tuple[Any, float]] = {}
+    for path, leaf in leaves.items():
+        kind = role(path, leaf.shape)
+        if kind == "vector" and path in found and "dot_general" in found[path].by:
+            kind = "head"  # its products with activations are summed
+        factors[path] = _factors(path, leaf, narrow[path], kind, first.get(path, 0.0))
+    factors |= _tied(wide, leaves, narrow, found)
+    return Mup(wide, *_rules(factors))
 
 
 def scale_by_path(rules: tree.Rules) -> optax.GradientTransformation:
@@ -186,7 +192,9 @@ def coord_check(model: Model, params: tree.Params, inputs: Inputs) -> dict[str, 
         assert block is not None
         before = x
         x, _, _ = block(leaves, x, context, None, int(layer), None, False)
-        found |= {f"blocks/{layer}": _size(x), f"blocks/{layer}/added": _size(x - before)}
+        found[f"blocks/{layer}"] = _size(x)
+        if x.shape == before.shape:
+            found[f"blocks/{layer}/added"] = _size(x - before)
     return {**found, "logits": _size(head(params, x, None, False))}
 
 
@@ -194,74 +202,197 @@ def _size(x: jax.Array) -> jax.Array:
     return jnp.mean(jnp.abs(x.astype(jnp.float32)))
 
 
-def _shapes(model: Model) -> dict[str, Any]:
-    return tree.flatten(jax.eval_shape(model.init, jax.random.key(0)))
+def _rules(factors: Mapping[str, tuple[Any, float]]) -> tuple[tree.Rules, tree.Rules]:
+    """Return the rules of the first weights and of the rates.
+
+    Layers that agree have one rule.
+    """
+    kinds: dict[str, dict[tuple[Any, float], list[str]]] = {}
+    for path, pair in factors.items():
+        kinds.setdefault(_kind(path), {}).setdefault(pair, []).append(path)
+    init: list[tuple[str, Any]] = []
+    rates: list[tuple[str, Any]] = []
+    for kind, pairs in kinds.items():
+        for (start, rate), paths in pairs.items():
+            pattern = (
+                re.escape(kind).replace("/N/", r"/\d+/")
+                if len(pairs) == 1
+                else "|".join(map(re.escape, paths))
+            )
+            if start is not None:
+                init.append((tree.optional(pattern), start))
+            if rate != 1:
+                rates.append((tree.optional(pattern), rate))
+    return (*init, (".*", None)), (*rates, (".*", 1.0))
+
+
+def _kind(path: str) -> str:
+    """Return the path without the numbers of its layer."""
+    return re.sub(r"(^|/)blocks/\d+/", r"\1blocks/N/", path)
+
+
+def _leaves(model: Model) -> dict[str, _Leaf]:
+    found = {}
+    for path, leaf in tree.flatten(jax.eval_shape(model.init, jax.random.key(0))).items():
+        for layer in tree.layer_paths(path):
+            shape = tree.layer_shape(path, leaf)
+            inputs = float(shape[-1]) if shape else 1.0
+            if isinstance(leaf, BlockSparse):  # an output reads those of its blocks only
+                inputs = leaf.values.size / math.prod(leaf.shape[:-1])
+            found[layer] = _Leaf(shape, inputs, leaf.dtype if hasattr(leaf, "ndim") else type(leaf))
+    return found
+
+
+def _sizes_at_first(model: Model) -> dict[str, float]:
+    """Measure the root mean square of each layer's own first weights.
+
+    It is that of all layers together where they agree as far as so many numbers tell, and 0 for
+    leaves of one value.
+    """
+
+    @jax.jit
+    def measure(key: jax.Array) -> dict[str, jax.Array]:
+        found = {}
+        for path, a in tree.flatten(model.init(key)).items():
+            if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jnp.floating):
+                within = tuple(range(tree.is_stacked(path), a.ndim))
+                a = a.astype(jnp.float32)
+                varies = jnp.ptp(a, axis=within) > 0
+                found[path] = jnp.where(varies, jnp.mean(jnp.square(a), axis=within), 0)
+        return found
+
+    squares: dict[str, float] = {}
+    for path, found in jax.device_get(measure(jax.random.key(0))).items():
+        squares |= dict(zip(tree.layer_paths(path), map(float, found.reshape(-1)), strict=True))
+    kinds: dict[str, list[str]] = {}
+    for path in squares:
+        kinds.setdefault(_kind(path), []).append(path)
+    for paths in kinds.values():
+        mean = sum(squares[path] for path in paths) / len(paths)
+        if all(abs(squares[path] - mean) <= 0.3 * mean for path in paths):
+            squares |= dict.fromkeys(paths, mean)
+    return {path: float(f"{math.sqrt(value):.4g}") for path, value in squares.items()}
 
 
 def _narrower(config: Any, width: int) -> Any:
     """Return the config of a base of this width with heads of the same width."""
+    own = getattr(config, "width", None)
+    if not own:
+        raise InputError(
+            f"base: {width} given; allowed: a config, as {type(config).__module__} has no `width` "
+            f"from which its other sizes follow"
+        )
     sizes = {name: getattr(config, name) for name in _GROWING if hasattr(config, name)}
-    if width < 1 or any(size * width % config.width for size in sizes.values()):
-        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    if width < 1 or any(size * width % own for size in sizes.values()):
+        told = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
         raise InputError(
             f"base: the width {width} given; allowed: a width that scales {told} to whole numbers, "
             "or a config"
         )
     return dataclasses.replace(
-        config, **{name: size * width // config.width for name, size in sizes.items()}
+        config, **{name: size * width // own for name, size in sizes.items()}
     )
 
 
-def _scored(config: Any, base: Any) -> Any:
+def _settled(model: Model, small: Model) -> Any:
     """Return the config with scores divided by the width of a head.
 
     Every other setting that is not a size is as in the base.
     """
-    wide, narrow = (getattr(c, "head_width", c.width // c.heads) for c in (config, base))
-    changed: dict[str, Any] = {}
-    if hasattr(config, "embed_scale"):  # Gemma's grows with the width
-        changed["embed_scale"] = base.embed_scale
-    if hasattr(config, "query_scale"):
-        own = narrow**-0.5 if base.query_scale is None else base.query_scale
-        changed["query_scale"] = config.query_scale if wide == narrow else own * narrow / wide
-    elif wide != narrow:
+    config, base = model.config, small.config
+    changed = {}
+    for name, default in _SCALES.items():
+        if hasattr(config, name):
+            own = getattr(base, name)
+            changed[name] = default(base) if own is None else own
+    heads, narrow = _head_widths(model), _head_widths(small)
+    both = heads.keys() & narrow.keys()
+    unlike = next((name for name in sorted(both) if heads[name] != narrow[name]), None)
+    if unlike is None:
+        changed.pop("query_scale", None)
+    elif "query_scale" in changed:
+        changed["query_scale"] *= narrow[unlike] / heads[unlike]
+    else:
         raise InputError(
-            f"base: heads of width {narrow} given, but the model's have {wide}; allowed: the same, "
-            "because this family's config cannot scale attention scores"
+            f"base: heads of width {narrow[unlike]} given, but the model's have {heads[unlike]}; "
+            "allowed: the same, because this family's config cannot scale attention scores"
         )
-    return dataclasses.replace(config, **changed)
+    changed = {name: value for name, value in changed.items() if value != _value(config, name)}
+    return dataclasses.replace(config, **changed) if changed else config
 
 
-def _factors(
-    path: str, shape: tuple[int, ...], narrow: tuple[int, ...], role: str
-) -> tuple[Any, float]:
-    """Return how a leaf starts (None: unchanged) and the factor of its learning rate."""
-    if len(shape) != len(narrow):
+def _value(config: Any, name: str) -> Any:
+    own = getattr(config, name)
+    return _SCALES[name](config) if own is None else own
+
+
+def _head_widths(model: Model) -> dict[str, int]:
+    """Return the widths of heads by the name of their group.
+
+    They are ordered units that share an output axis with unordered ones.
+    """
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    inside = {
+        letter
+        for found in axes.assign(model.axes, params).values()
+        for axis in found.axes[:-1]
+        for product in axis
+        if any(letter[0].isupper() for letter in product)
+        for letter in product
+        if letter[0].islower()
+    }
+    return {
+        name: group.size
+        for name, group in axes.groups(model.axes, params).items()
+        if group.letter in inside
+    }
+
+
+def _factors(path: str, leaf: _Leaf, narrow: _Leaf, role: str, first: float) -> tuple[Any, float]:
+    """Return how a leaf starts (None: as the model has it) and the factor of its learning rate."""
+    shape, before = leaf.shape, narrow.shape
+    if len(shape) != len(before):
         raise InputError(
-            f"base: {path!r} has the shape {list(narrow)}, but the model's has {list(shape)}; "
+            f"base: {path!r} has the shape {list(before)}, but the model's has {list(shape)}; "
             "allowed: the same number of axes"
         )
-    if shape[-1:] == narrow[-1:] or role not in ("matrix", "head", "experts", "router"):
+    if role == "measured" or (shape == before and leaf.inputs == narrow.inputs):
         return None, 1.0
-    times = shape[-1] / narrow[-1]
-    hidden = shape[-2] != narrow[-2]
-    return Own(1 / math.sqrt(times) if hidden else 1 / times), 1 / times
+    times = leaf.inputs / narrow.inputs
+    if role in ("table", "vector") or times == 1:
+        start, rate = 1.0, 1.0
+    else:
+        hidden = role in ("matrix", "experts") and shape[-2] != before[-2]
+        start, rate = 1 / math.sqrt(times) if hidden else 1 / times, 1 / times
+    return Own(rms=float(f"{start * first:.4g}")) if first else None, rate
 
 
 def _tied(
-    norm: str | None, factors: Mapping[str, Any], config: Any, base: Any
+    wide: Model,
+    leaves: Mapping[str, _Leaf],
+    narrow: Mapping[str, _Leaf],
+    found: Mapping[str, Read],
 ) -> dict[str, tuple[Any, float]]:
-    """Return the first weights and the rate of the norm in front of a tied head.
+    """Return the first weights and the rate of the norm in front of a head that is a table.
 
-    Both are those of the base times `1 / m`.
+    Both are those of the base times `1 / m`. It is what the table meets last: a weight that
+    multiplies, and perhaps a bias behind it.
     """
-    times = config.width / base.width
-    if norm is None or "head" in factors or f"{norm}/weight" not in factors or times == 1:
-        return {}
-    offset = getattr(config, "norm_offset", 0.0)  # added to the weight: their sum is to be scaled
-    own = Constant(1 / times - offset) if offset else Own(1 / times)
-    return {
-        path: (own if path.endswith("/weight") else None, 1 / times)
-        for path in factors
-        if path.startswith(f"{norm}/")
-    }
+    role = axes.role_of(wide.axes)
+    out: dict[str, tuple[Any, float]] = {}
+    for table, read in found.items():
+        if role(table, leaves[table].shape) != "table" or "dot_general" not in read.by:
+            continue
+        times = leaves[table].inputs / narrow[table].inputs
+        norm = scales(found, table)
+        if not norm or any(role(path, leaves[path].shape) != "vector" for path in norm):
+            raise InputError(
+                f"model: its head is the table {table!r} without a norm in front; allowed: a head "
+                f"of its own, or a norm, which muP's factor of the logits goes into"
+            )
+        for path in norm:
+            # what is added to the weight has to be scaled with it
+            offset = getattr(wide.config, "norm_offset", 0.0) if path == norm[-1] else 0.0
+            start = Constant(offset / times - offset) if offset else Own(1 / times)
+            out[path] = start, 1 / times
+    return out

@@ -545,7 +545,7 @@ class Checkpoints:
 
     def _check(self, record: dict[str, Any], like: Stepped, but: Collection[str] = ()) -> None:
         number = record["step"]
-        known = record["identity"] is not None and self.identity is not None
+        known = bool(record["identity"]) and self.identity is not None  # {} where nobody said any
         differ = differences(_as_now(record["identity"] or {}), self.identity) if known else []
         changed = [line for line in differ if any(is_about(name, line) for name in self._allowed)]
         if others := [line for line in differ if line not in changed]:

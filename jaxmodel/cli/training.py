@@ -311,7 +311,7 @@ class _Job:
                 model, self.params = adapt.lora(model, self.params, self.lora, key)
                 self.settings = dataclasses.replace(self.settings, trainable=adapt.ADAPTERS)
                 if jax.process_index() == 0 and "targets" not in (options.lora or ""):
-                    _say_without(self.params)
+                    _say_without(model, self.params)
         self.task = task
         if task == "language":
             _rehearse(options, model, self.params, self.settings.trainable)
@@ -503,19 +503,23 @@ def _check_begun(options: Train, kind: str | None, model: Any) -> str:
     return task
 
 
-def _say_without(params: Any) -> None:
+MATRICES = ("matrix", "experts", "router")
+
+
+def _say_without(model: Any, params: Any) -> None:
     """Name the matrices of the layers that got no adapter, such as those of experts, which are
     several in one leaf.
     """
-    from jaxmodel import tree
+    from jaxmodel import axes, tree
     from jaxmodel.adapt.adapters import is_adapter
 
     leaves = tree.flatten(params)
+    role = axes.role_of(model.axes)
     without = {
         re.sub(r".*blocks/[^/]*/", "", path)
         for path, leaf in leaves.items()
-        if "blocks/" in path and len(tree.layer_shape(path, leaf)) > 1 and not is_adapter(path)
-        if f"{path}_lora/down" not in leaves and not path.endswith("bias")
+        if "blocks/" in path and not is_adapter(path) and f"{path}_lora/down" not in leaves
+        if role(tree.layer_paths(path)[0], tree.layer_shape(path, leaf)) in MATRICES
     }
     if without:
         names = ", ".join(sorted(without))

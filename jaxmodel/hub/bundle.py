@@ -361,6 +361,16 @@ def read_config(folder: Path, ignore: Collection[str] = ()) -> tuple[Family, Any
     return family, check_fields(config, where), family.card(hf)
 
 
+def _agree(then: Any, now: Any) -> bool:
+    """Return whether a value of jaxmodel.json is that of config.json.
+
+    A part of a config may have more fields by now than when it was written.
+    """
+    if isinstance(then, dict) and isinstance(now, dict):
+        return all(key in now and _agree(value, now[key]) for key, value in then.items())
+    return then == now
+
+
 def _read_ours(path: Path, family: str, config: Any) -> dict[str, Any]:
     """Read jaxmodel.json, which must be consistent with itself and with config.json."""
     ours = schema.read(path)
@@ -371,7 +381,7 @@ def _read_ours(path: Path, family: str, config: Any) -> dict[str, Any]:
     ours = schema.make(ours, schemas.Ours, str(path))
     theirs = {"family": family, **json.loads(json.dumps(_plain(config)))}
     for key, value in {"family": ours["family"], **ours["config"]}.items():
-        if theirs.get(key) != value:
+        if not _agree(value, theirs.get(key)):
             raise InputError(
                 f"{path}: {key} is {value!r}, but config.json says {theirs.get(key)!r}"
             )

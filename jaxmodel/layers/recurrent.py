@@ -146,7 +146,7 @@ class BahdanauAttention(nn.Module):
         def read(shown: Array) -> Array:
             asked = ops.einsum("BH,AH->BA", shown, query, self.policy)
             sums = jnp.tanh((asked[:, None] + keys.astype(asked.dtype)).astype(jnp.float32))
-            scores = jnp.sum(sums * on_last(score, 3), axis=-1)
+            scores = jnp.einsum("bsa,a->bs", sums, score, precision="highest")
             weights = jax.nn.softmax(jnp.where(valid, scores, -1e30), axis=-1)
             found = jnp.einsum(
                 "bs,bsm->bm", weights, memory.astype(jnp.float32), precision="highest"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jax.extend.core import Jaxpr, Literal
 from jaxmodel import tree
 from jaxmodel.models.model import Model
 
-_LOOPS = ("scan", "while", "cond")  # their bodies are not traced
+_LOOPS = ("scan", "while", "cond")  # what goes in may come out anywhere
 
 
 class Read(NamedTuple):
@@ -21,10 +22,13 @@ class Read(NamedTuple):
     Attributes:
       always: at every use of the leaf.
       ever: at its deepest use. For a table that is also the head, these are all layers.
+      by: the operations of JAX in which it alone meets activations, such as `mul` for a norm's
+        weight, `add` for a bias, `dot_general` for a matrix.
     """
 
     always: frozenset[str]
     ever: frozenset[str]
+    by: frozenset[str]
 
 
 def reads(model: Model, params: tree.Params | None = None) -> dict[str, Read]:
@@ -54,7 +58,7 @@ def reads(model: Model, params: tree.Params | None = None) -> dict[str, Read]:
     bits = {path: 2 << i for i, path in enumerate(leaves)}  # 1 stands for the inputs
     seeds = [bits[path] for path, leaf in leaves.items() for _ in jax.tree.leaves(leaf)]
     seeds += [1] * (len(traced.invars) - len(seeds))
-    met: dict[int, list[int]] = {}
+    met: dict[int, list[tuple[int, str]]] = {}
     _follow(traced, seeds, met)
 
     def paths(mask: int) -> frozenset[str]:
@@ -63,18 +67,51 @@ def reads(model: Model, params: tree.Params | None = None) -> dict[str, Read]:
     found = {}
     for path, bit in bits.items():
         if uses := met.get(bit):
-            always = ever = uses[0]
-            for use in uses:
+            always = ever = uses[0][0]
+            for use, _ in uses:
                 always &= use
                 ever |= use
-            found[path] = Read(paths(always), paths(ever))
+            by = frozenset(name for _, name in uses if name)
+            found[path] = Read(paths(always), paths(ever), by)
     return found
 
 
-def _follow(traced: Jaxpr, given: list[int], met: dict[int, list[int]]) -> list[int]:
+def scales(found: Mapping[str, Read], path: str) -> tuple[str, ...]:
+    """Return the leaves that scale and shift what a leaf reads, nearest first.
+
+    They are a norm's bias, if it has one, and its weight. The leaves that read the same norm are
+    those for which this function names it, so a factor can move between them and the norm.
+
+    Args:
+      found: what `reads` returned.
+      path: of the leaf that reads.
+
+    Returns:
+      Paths of layers; none where another leaf, such as a matrix, is nearer.
+
+    >>> from jaxmodel.models import gpt2
+    >>> found = reads(gpt2.model(gpt2.SIZES["tiny"]))
+    >>> scales(found, "blocks/1/attn/q"), scales(found, "blocks/1/mlp/down")
+    (('blocks/1/attn_norm/bias', 'blocks/1/attn_norm/weight'), ())
+    >>> scales(found, "embed")  # as the head
+    ('norm/bias', 'norm/weight')
+    """
+    out: list[str] = []
+    before = found[path].ever & found.keys()
+    for near in sorted(before, key=lambda one: len(found[one].ever), reverse=True):
+        if not found[near].by <= {"add", "mul"}:
+            break
+        out.append(near)
+        if found[near].by == {"mul"}:
+            return tuple(out)
+    return ()
+
+
+def _follow(traced: Jaxpr, given: list[int], met: dict[int, list[tuple[int, str]]]) -> list[int]:
     """Return the dependencies of each result, with one bit for each leaf.
 
-    `met` collects, for the bit of a leaf, the dependencies of the activations that it meets.
+    `met` collects, for the bit of a leaf, the dependencies of the activations that it meets, and
+    the operation ("" where it comes mixed with other leaves).
     """
     known: dict[Any, int] = dict(zip(traced.invars, given, strict=True))
     of = lambda a: 0 if isinstance(a, Literal) else known.get(a, 0)
@@ -91,9 +128,14 @@ def _follow(traced: Jaxpr, given: list[int], met: dict[int, list[int]]) -> list[
                 whole |= mask
             # operands that do not depend on inputs consist of leaves; here they meet activations
             for mask in {mask for mask in into if whole & 1 and not mask & 1}:
+                alone = mask.bit_count() == 1 and step.primitive.name not in _LOOPS
+                name = step.primitive.name if alone else ""
                 for i in range(mask.bit_length()):
                     if mask >> i & 1:
-                        met.setdefault(1 << i, []).append(whole & ~mask)
+                        met.setdefault(1 << i, []).append((whole & ~mask, name))
+            if step.primitive.name == "scan" and body is not None and whole & 1:
+                # what is no leaf's alone may meet the activations in a later turn
+                _follow(body, [m if m and not m & 1 else whole for m in into], met)
             out = [whole] * len(step.outvars)
         known |= dict(zip(step.outvars, out, strict=True))
     return [of(a) for a in traced.outvars]

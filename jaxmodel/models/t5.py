@@ -138,10 +138,10 @@ def axes(config: Config) -> Axes:
         (
             ("embed", "VD table"),
             (tree.optional("head"), "VD"),
-            ("encoder/positions", "tK0 table", P()),
+            ("encoder/positions", "bK0 table", P()),
             ("encoder/blocks/.*/attn/(q|k|v)", "(K0h)D"),
             ("encoder/blocks/.*/attn/o", "D(K0h)"),
-            ("positions", "tK1 table", P()),
+            ("positions", "bK1 table", P()),
             ("blocks/.*/attn/(q|k|v)", "(K1h)D"),
             ("blocks/.*/attn/o", "D(K1h)"),
             ("blocks/.*/cross/(q|memory_k|memory_v)", "(Hh)D"),

@@ -52,6 +52,7 @@ class Config:
       norm_eps: added to the variance by the layer norms.
       start: the token that a target begins with.
       context: the longest source or target that the model was made for.
+      embed_scale: the factor of the embedding; None for `width ** 0.5`.
     """
 
     vocab: int
@@ -66,6 +67,7 @@ class Config:
     norm_eps: float = 1e-5
     start: int = 0
     context: int = 512
+    embed_scale: float | None = None
 
     def __post_init__(self) -> None:
         check_sizes(
@@ -76,6 +78,11 @@ class Config:
                 f"width, heads: {self.width}, {self.heads} given; allowed: an even width that the "
                 f"heads divide"
             )
+
+    @property
+    def scale(self) -> float:
+        """The factor of the embedding."""
+        return self.width**0.5 if self.embed_scale is None else self.embed_scale
 
 
 SIZES = {
@@ -163,7 +170,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def placed(
         params: tree.Params, tokens: jax.Array, positions: jax.Array, rng: Any, site: int
     ) -> jax.Array:
-        x = ops.embed(params["embed"], tokens, wide) * config.width**0.5 + sinusoids(
+        x = ops.embed(params["embed"], tokens, wide) * config.scale + sinusoids(
             positions, config.width
         )
         return dropout(x.astype(policy.activation_dtype), config.dropout, rng, site)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, SupportsIndex
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodel import tree
+from jaxmodel import axes, tree
 from jaxmodel.data import Batches, Shifted
 from jaxmodel.errors import InputError
 from jaxmodel.losses.contract import IGNORED
@@ -119,22 +120,38 @@ def check_batch(model: Model, params: tree.Params, batch: Mapping[str, Any]) -> 
             hint = "numbers (of names of classes, np.unique(names, return_inverse=True)[1])"
             raise InputError(f"data: {name} is an array of {a.dtype}; allowed: {hint}")
     vocab = getattr(model.config, "vocab", None)
-    # positions of a model that reads any length are relative: its table is not a limit
-    any_length = getattr(model.config, "any_length", False)
-    table = None if any_length else params.get("positions")
-    if vocab is None or "tokens" not in batch:
+    if "tokens" not in batch:
         return
     for name in ("tokens", "targets"):
         largest = max(int(np.max(part)) for part in _local(batch.get(name, 0)))
-        if largest >= vocab:
+        if vocab is not None and largest >= vocab:
             raise InputError(
                 f"data: {name} up to {largest} for a model with a vocabulary of {vocab}; does the "
                 "tokenizer belong to the model?"
             )
-    if table is not None and (length := batch["tokens"].shape[1]) > table.shape[0]:
-        raise InputError(
-            f"data: rows of {length} tokens for a model with a context of {table.shape[0]}"
-        )
+    length = batch["tokens"].shape[1]
+    if (rows := _positions(model, params)) is not None and length > rows:
+        raise InputError(f"data: rows of {length} tokens for a model with a context of {rows}")
+
+
+def _positions(model: Model, params: tree.Params) -> int | None:
+    """Return how many learnt positions tokens have, or None for any number.
+
+    They are the rows of a table over positions (`t`) beside the table of the vocabulary (`V`).
+    """
+    known = [(re.compile(pattern), axes.read(text)) for pattern, text, *_ in model.axes.rules]
+    tables: dict[str, str] = {}
+    for path in tree.flatten(params):
+        found = next((letters for pattern, letters in known if pattern.fullmatch(path)), None)
+        if found is not None and found.role == "table":
+            tables[path] = axes.written(found.axes[0])[0]
+    words = {path.rpartition("/")[0] for path, letter in tables.items() if letter == "V"}
+    lengths = [
+        tree.flatten(params)[path].shape[0]
+        for path, letter in tables.items()
+        if letter == "t" and path.rpartition("/")[0] in words
+    ]
+    return min(lengths, default=None)
 
 
 def explain(model: Model, stream: Batches, step: int, what: str = "data") -> None:

@@ -5,6 +5,7 @@ is treated as its axes say.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,14 @@ import pytest
 
 from jaxmodel import adapt, axes, compress, hub, losses, models, ops, optim, train, tree
 from jaxmodel.axes import Axes
+from jaxmodel.cli.training import _say_without
+from jaxmodel.errors import InputError
 from jaxmodel.leaves import QTensor
 from jaxmodel.models.family import KNOWN
 from jaxmodel.models.model import token_inputs
 from jaxmodel.optim.optimizers import _matrices
 from jaxmodel.train import flops, statistics
+from jaxmodel.train.placing import check_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +99,7 @@ def known(monkeypatch):
     monkeypatch.setitem(KNOWN, "misnamed", FAMILY)
 
 
+KEY = jax.random.key(0)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 6)), jnp.int32)
 
 
@@ -170,6 +175,42 @@ def test_rates_and_last_layers(params):
         inside = {path for path, yes in values.items() if yes and path.startswith("blocks")}
         assert {path.split("/")[1] for path in inside} == {str(i) for i in range(3 - count, 3)}
         assert not any(path.endswith("mean") for path in inside)
+
+
+def test_maximal_update():
+    """Four times as wide: matrices and the readout learn at a quarter of the rate."""
+    wide = misnamed(Config(units=64, inner=128, heads=8))
+    factors = adapt.mup(wide, Config())
+    shapes = jax.eval_shape(wide.init, jax.random.key(0))
+    rates = tree.assign(factors.rates, shapes)
+    assert layers_of(path for path, rate in rates.items() if rate == 0.25) == {*MATRICES, "readout"}
+    assert {rate for rate in rates.values()} == {0.25, 1.0}
+    first = tree.flatten(jax.jit(lambda k: adapt.initialize(wide, k, factors.init))(KEY))
+    sizes = {path: float(jnp.std(leaf)) for path, leaf in first.items()}
+    for path, size in (("lookup", 0.1), ("readout", 0.025), ("blocks/0-2/norm/head", 0.05)):
+        np.testing.assert_allclose(sizes[path], size, rtol=0.1)
+    with pytest.raises(InputError, match="base: heads of width 8 given, but the model's have 32"):
+        adapt.mup(misnamed(Config(units=64, inner=128)), Config())
+
+
+def test_positions_are_a_table_beside_that_of_the_words(params):
+    """Whatever it is called, rows longer than it are refused; a table over something else is no
+    limit.
+    """
+    batch = {"tokens": jnp.zeros((1, 9), jnp.int32)}
+    for letter, refused in (("t", True), ("b", False)):
+        declared = Axes((("head", f"{letter}D table"), *RULES), MODEL.axes.sizes)
+        model = dataclasses.replace(MODEL, axes=declared)
+        with_one = {**params, "head": jnp.ones((8, 16))}
+        with pytest.raises(InputError, match="of 9 .* context of 8") if refused else nullcontext():
+            check_batch(model, with_one, batch)
+
+
+def test_who_gets_no_adapter_is_told_by_role(params, capsys):
+    model, adapted = adapt.lora(MODEL, params, [(".*/(q|k|v)", adapt.LoRA(2)), (".*", None)], KEY)
+    _say_without(model, adapted)
+    told = capsys.readouterr().err
+    assert "mixer/embed, norm/head, norm/positions have no adapters" in told
 
 
 def test_another_head(params):
