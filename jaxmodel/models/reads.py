@@ -97,8 +97,12 @@ def scales(found: Mapping[str, Read], path: str) -> tuple[str, ...]:
     ('norm/bias', 'norm/weight')
     """
     out: list[str] = []
-    before = found[path].ever & found.keys()
-    for near in sorted(before, key=lambda one: len(found[one].ever), reverse=True):
+
+    def depth(one: str) -> int:  # of its use in front of the leaf; a tied table has another behind
+        read = found[one]
+        return len(read.always if path in read.ever else read.ever)
+
+    for near in sorted(found[path].ever & found.keys(), key=depth, reverse=True):
         if not found[near].by <= {"add", "mul"}:
             break
         out.append(near)
