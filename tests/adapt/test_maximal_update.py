@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -224,8 +225,8 @@ def sizes(family: str, width: int, standard: bool) -> dict[str, float]:
     @jax.jit
     def run(key):
         params = initialize(model, key, init)
-        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), None, 3)
-        return coord_check(model, params, inputs)
+        end: Any = jax.lax.scan(step, (params, optimizer.init(params)), None, 3)[0]
+        return coord_check(model, end[0], inputs)
 
     return {place: float(size) for place, size in run(jax.random.key(0)).items()}
 
