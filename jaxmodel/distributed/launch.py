@@ -20,7 +20,6 @@ from jaxmodel.files import open_own
 from jaxmodel.sharding import simulation
 
 POLL = 0.1  # seconds
-GRACE = 20.0  # seconds that processes get to save after SIGTERM, before they are killed
 
 
 def launch(

@@ -39,7 +39,6 @@ from jaxmodel.models.parts import Parts, feature_inputs
 from jaxmodel.ops.norms import on_last
 
 KINDS = ("plain", "denoising", "variational", "l1", "kl", "topk")
-SPARSE = ("l1", "kl", "topk")
 RECONSTRUCTIONS = ("squared", "bernoulli")
 
 
