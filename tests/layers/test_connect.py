@@ -208,7 +208,7 @@ def test_bilinear_is_the_triple_sum():
 
 
 def test_a_product_needs_two_branches():
-    with pytest.raises(InputError, match=r"branches: \['a'\] given; at least two"):
+    with pytest.raises(InputError, match=r"branches: \['a'\] given; allowed: at least two"):
         connect.Factorised(2, 2, POLICY).init(jax.random.key(0), {"a": jnp.ones((1, 2))})
 
 

@@ -191,8 +191,8 @@ def test_yarn_sharpens_the_scores():
     ("given", "message"),
     [
         (("yarm", 4.0, CONTEXT), "rope scaling: 'yarm' is not known; allowed: .*nearest: yarn"),
-        (("linear", 0.5), "factor 0.5, context 0; at least 1"),
-        (("yarn", 4.0), "factor 4.0, context 0; at least 1"),
+        (("linear", 0.5), "factor 0.5, context 0; allowed: at least 1"),
+        (("yarn", 4.0), "factor 4.0, context 0; allowed: at least 1"),
         (("llama3", 4.0, CONTEXT, 4.0, 4.0), "low 4.0 must be below high 4.0"),
     ],
 )
