@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from IPython.display import SVG, Markdown
 
 from jaxmodel import (
     compress,
@@ -37,24 +36,15 @@ from jaxmodel import (
     losses,
     models,
     ops,
-    report,
     train,
     tree,
 )
 from jaxmodel.errors import InputError
 from jaxmodel.models import llama
 from jaxmodel.progress import set_quiet
-from jaxmodel.report import Column, plot
+from jaxmodel.report import Column, Rows, plot
 
 set_quiet()  # no progress lines between the cells
-
-
-def table(rows, *columns):
-    return Markdown(report.to_markdown(rows, columns))
-
-
-def picture(svg):
-    return SVG(svg.replace(b"<svg ", b'<svg style="background: white" ', 1))
 
 
 # %% [markdown]
@@ -70,11 +60,7 @@ config = llama.Config(
 )
 model = llama.model(config)
 params = model.init(jax.random.key(0))
-table(
-    [{"path": path, "shape": leaf.shape} for path, leaf in tree.flatten(params).items()],
-    Column("path"),
-    Column("shape"),
-)
+models.summary(model, params)
 
 # %% [markdown]
 # Nothing else is hidden anywhere: the dict is the whole model, so every JAX function takes it as it
@@ -204,7 +190,7 @@ losses = {
     "training": ([row["step"] for row in history], [row["loss"] for row in history]),
     "held out": ([row["step"] for row in scored], [row["heldout_loss"] for row in scored]),
 }
-picture(plot.curves(losses, "step", "loss, nats per token"))
+plot.curves(losses, "step", "loss, nats per token")
 
 # %% [markdown]
 # ## 5. Transform: params to params
@@ -221,16 +207,7 @@ recipe = [
     (".*", ()),
 ]
 smaller, done = compress.apply(recipe, state.params)
-print(f"{done.bytes_before} bytes -> {done.bytes_after}, {done.bits_per_weight:.2f} bits a weight")
-table(
-    [row for row in done.leaves if row["method"]],
-    Column("path"),
-    Column("method"),
-    Column("bytes_before"),
-    Column("bytes_after"),
-    Column("bits_per_weight", "bits a weight"),
-    Column("relative_error", "error", "{:.1%}".format),
-)
+done
 
 # %%
 leaf = smaller["blocks"]["1-2"]["mlp"]["up"]
@@ -267,18 +244,20 @@ for name, version in versions.items():
             "interval": f"{low:+.4f} to {high:+.4f}",
         }
     ]
-table(
+Rows(
     rows,
-    Column("version"),
-    Column("bits", "bits a weight"),
-    Column("nll", "held-out loss"),
-    Column("change", format="{:+.4f}".format),
-    Column("interval", "95 % interval"),
+    [
+        Column("version"),
+        Column("bits", "bits a weight"),
+        Column("nll", "held-out loss"),
+        Column("change", format="{:+.4f}".format),
+        Column("interval", "95 % interval"),
+    ],
 )
 
 # %%
 points = {row["version"]: (row["bits"], row["nll"]) for row in rows}
-picture(plot.scatter(points, "bits a weight", "held-out loss, nats per token"))
+plot.scatter(points, "bits a weight", "held-out loss, nats per token")
 
 # %% [markdown]
 # ### What a transform may know: statistics by differentiation

@@ -24,24 +24,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from IPython.display import SVG, Markdown
 
 import jaxmodel
-from jaxmodel import adapt, compress, data, generation, losses, models, report, train, tree
+from jaxmodel import adapt, compress, data, generation, losses, models, train, tree
 from jaxmodel.data import synthetic
 from jaxmodel.models import connected, mlp, rnn
 from jaxmodel.progress import set_quiet
-from jaxmodel.report import Column, plot
+from jaxmodel.report import Column, Rows, plot
 
 set_quiet()  # no progress lines between the cells
-
-
-def table(rows, *columns):
-    return Markdown(report.to_markdown(rows, columns))
-
-
-def picture(svg):
-    return SVG(svg.replace(b"<svg ", b'<svg style="background: white" ', 1))
 
 
 # %% [markdown]
@@ -59,11 +50,13 @@ for family, module in models.families().items():
     rows.append(
         {"family": family, "sizes": ", ".join(named), "parameters of the last": tree.count(shapes)}
     )
-table(
+Rows(
     rows,
-    Column("family"),
-    Column("sizes", align="left"),
-    Column("parameters of the last", format="{:,}".format),
+    [
+        Column("family"),
+        Column("sizes", align="left"),
+        Column("parameters of the last", format="{:,}".format),
+    ],
 )
 
 # %% [markdown]
@@ -86,7 +79,7 @@ for name in ("llama/tiny-moe", "bert/tiny", "t5/tiny", "vit/tiny", "resnet/tiny"
             "decodes": model.init_cache is not None,
         }
     )
-table(rows, Column("model"), Column("reads", align="left"), Column("logits"), Column("decodes"))
+Rows(rows)
 
 # %% [markdown]
 # ## The smallest file, and rules for its first weights
@@ -104,13 +97,7 @@ rules = [
     (".*", None),
 ]
 params = adapt.initialize(model, jax.random.key(0), rules)
-table(
-    models.summary(model, params),
-    Column("path"),
-    Column("layers"),
-    Column("shape"),
-    Column("sharding"),
-)
+models.summary(model, params)
 
 # %% [markdown]
 # Two spirals, which no line parts. The stream is a function of seed and step; `fit` is the loop.
@@ -156,7 +143,7 @@ rows = [
     {"": text, **{str(i): float(a @ b) for i, b in enumerate(vectors)}}
     for text, a in zip(sentences, vectors, strict=True)
 ]
-table(rows, Column("", align="left"), *(Column(str(i), format="{:.2f}".format) for i in range(4)))
+Rows(rows, [Column("", align="left"), *(Column(str(i), format="{:.2f}".format) for i in range(4))])
 
 # %% [markdown]
 # It is a bundle as any other: what compresses one compresses this one, and nothing else has to
@@ -182,12 +169,10 @@ pairs = data.SyntheticSeq2Seq(("reverse",), batch_size=64, seed=0)
 model = rnn.model(rnn.Config(synthetic.VOCAB, width=64, depth=1, cell="gru", attention="additive"))
 settings = train.TrainConfig(steps=300, learning_rate=5e-3, log_every=10)
 state, history = train.fit(model, pairs, settings)
-picture(
-    plot.curves(
-        {"reverse": ([h["step"] for h in history], [h["loss"] for h in history])},
-        "step",
-        "loss, nats per token",
-    )
+plot.curves(
+    {"reverse": ([h["step"] for h in history], [h["loss"] for h in history])},
+    "step",
+    "loss, nats per token",
 )
 
 # %%
@@ -201,7 +186,7 @@ rows = [
     {"source": source, "wanted": target, "best of 4": synthetic.decode(found.tokens[i, 0])}
     for i, (source, target) in enumerate(unseen.texts(0))
 ]
-table(rows, Column("source"), Column("wanted"), Column("best of 4"))
+Rows(rows)
 
 # %% [markdown]
 # ## How things are connected
@@ -230,10 +215,9 @@ stream = data.Stream({**columns, "labels": answer}, batch_size=128)
 settings = train.TrainConfig(steps=400, learning_rate=3e-3, weight_decay=0.0, log_every=50)
 state, history = train.fit(model, stream, settings, loss=losses.classification)
 importances = connected.importances(config, state.params)
-table(
+Rows(
     [{"edge": edge, "importance": value} for edge, value in importances.items()],
-    Column("edge"),
-    Column("importance", format="{:.2f}".format),
+    [Column("edge"), Column("importance", format="{:.2f}".format)],
 )
 
 # %% [markdown]

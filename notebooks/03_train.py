@@ -30,24 +30,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from IPython.display import SVG, Markdown
 
-from jaxmodel import checkpoint, data, distributed, losses, optim, report, train, tree
+from jaxmodel import checkpoint, data, distributed, losses, optim, train, tree
 from jaxmodel.data import augment
 from jaxmodel.models import gpt2, mlp
 from jaxmodel.progress import set_quiet
-from jaxmodel.report import Column, plot
+from jaxmodel.report import Column, Rows, plot
 
 set_quiet()  # no progress lines between the cells
 ROOM = Path(tempfile.mkdtemp())
-
-
-def table(rows, *columns):
-    return Markdown(report.to_markdown(rows, columns))
-
-
-def picture(svg):
-    return SVG(svg.replace(b"<svg ", b'<svg style="background: white" ', 1))
 
 
 # %% [markdown]
@@ -90,13 +81,7 @@ config = train.TrainConfig(
     save_every=20,
 )
 state, history = train.fit(model, stream, config, heldout=data.Stream(prose, 16, seed=1))
-table(
-    history[::3],
-    Column("step"),
-    Column("loss", format="{:.3f}".format),
-    Column("grad_norm", format="{:.3f}".format),
-    Column("learning_rate", format="{:.2e}".format),
-)
+history[::3]
 
 # %% [markdown]
 # ## Learning rates
@@ -110,12 +95,12 @@ curves = {
     name: (steps, [float(optim.schedule(name, 1.0, 200, warmup_steps=20)(i)) for i in steps])
     for name in ("constant", "step", "cosine", "wsd", "one_cycle")
 }
-picture(plot.curves(curves, "step", "share of the peak", "Schedules"))
+plot.curves(curves, "step", "share of the peak", "Schedules")
 
 # %%
 search = train.find_lr(model, stream, losses.next_token, steps=60)
 print(f"suggestion: {search.suggestion:.1e}")
-picture(search.plot("svg"))
+search
 
 # %% [markdown]
 # ## Killed anywhere, it ends in the same bits
@@ -151,7 +136,8 @@ with contextlib.redirect_stderr(sys.stdout), checkpoint.Checkpoints(folder) as c
 # ## A bad batch is as if it had never come
 #
 # A step whose loss is not finite (or a spike, with `spike=6`) is left out in the graph, without a
-# look by the host. The parameters are, bit for bit, those of a stream without that batch.
+# look by the host. The parameters are, bit for bit, those of a stream without that batch. If the
+# data themselves are not finite, one line says which.
 
 
 # %%
@@ -166,8 +152,9 @@ class Broken:
         return batch | {"weights": np.full_like(batch["weights"], np.inf)} if step == 5 else batch
 
 
-_, rows = train.fit(model, Broken(), train.TrainConfig(steps=8, log_every=1))
-table(rows, Column("step"), Column("loss", format="{:.3f}".format), Column("bad"))
+with contextlib.redirect_stderr(sys.stdout):
+    _, rows = train.fit(model, Broken(), train.TrainConfig(steps=8, log_every=1))
+Rows(rows, [Column("step"), Column("loss", format="{:.3f}".format), Column("bad")])
 
 # %% [markdown]
 # ## Losses and rules
@@ -203,7 +190,7 @@ for name, each in {
         loss=losses.supervised(each),
     )
     found.append({"loss": name, "test accuracy": accuracy(trained.params)})
-table(found, Column("loss"), Column("test accuracy", format="{:.3f}".format))
+Rows(found, [Column("loss"), Column("test accuracy", format="{:.3f}".format)])
 
 # %% [markdown]
 # What trains, what decays, what is penalised: always rules, path to value. Here only the last layer

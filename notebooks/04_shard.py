@@ -31,19 +31,14 @@ import tempfile
 
 import jax
 import optax
-from IPython.display import Markdown
 
-from jaxmodel import data, models, ops, plan, report, train, tree
+from jaxmodel import data, models, ops, plan, train, tree
 from jaxmodel.models import gpt2, llama
 from jaxmodel.models.contents import sharding_text
 from jaxmodel.progress import set_quiet
-from jaxmodel.report import Column
+from jaxmodel.report import Column, Rows
 
 set_quiet()
-
-
-def table(rows, *columns):
-    return Markdown(report.to_markdown(rows, columns))
 
 
 # %% [markdown]
@@ -62,11 +57,13 @@ rows = [
     for row in models.summary(model)
     if row["layers"] == 1 or row["path"].endswith(("/q", "/o", "/up", "weight"))
 ]
-table(
+Rows(
     rows,
-    Column("path"),
-    Column("shape", format=lambda shape: " x ".join(map(str, shape))),
-    Column("sharding", format=sharding_text),
+    [
+        Column("path"),
+        Column("shape", format=lambda shape: " x ".join(map(str, shape))),
+        Column("sharding", format=sharding_text),
+    ],
 )
 
 # %% [markdown]
@@ -87,7 +84,7 @@ for mesh in (None, "data=8", "fsdp=4,tensor=2", "sequence=4,data=2", "pipeline=2
     found.append(
         {"mesh": mesh or "one device", **{f"step {row['step']}": row["loss"] for row in history}}
     )
-table(found, Column("mesh"), *(Column(f"step {i}", format="{:.6f}".format) for i in (1, 2, 3)))
+Rows(found, [Column("mesh"), *(Column(f"step {i}", format="{:.6f}".format) for i in (1, 2, 3))])
 
 # %% [markdown]
 # ## What they send
@@ -110,12 +107,14 @@ for mesh in ("data=8", "fsdp=8"):
     compiled = program.compile(shapes)
     for kind, count in plan.moved(plan.collectives(compiled)).items():
         sent.append({"mesh": mesh, "kind": kind, "bytes": count, "times G": count / gradients})
-table(
+Rows(
     sent,
-    Column("mesh"),
-    Column("kind"),
-    Column("bytes", format="{:,.0f}".format),
-    Column("times G", format="{:.3f}".format),
+    [
+        Column("mesh"),
+        Column("kind"),
+        Column("bytes", format="{:,.0f}".format),
+        Column("times G", format="{:.3f}".format),
+    ],
 )
 
 # %% [markdown]

@@ -141,7 +141,12 @@ def console_for(json_target: str | None = None) -> Any:
     stderr = json_target == "-"
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Safe(
-        stderr=stderr, highlight=False, soft_wrap=not terminal, width=None if terminal else 500
+        stderr=stderr,
+        highlight=False,
+        soft_wrap=not terminal,
+        width=None if terminal else 500,
+        # in a notebook rich would display the table, also where only its text is wanted
+        force_jupyter=False,
     )
 
 

@@ -11,11 +11,11 @@ import numpy as np
 from jaxmodel import tree
 from jaxmodel.data import Batches
 from jaxmodel.data.stream import Batch, global_rows
-from jaxmodel.errors import at_least
+from jaxmodel.errors import InputError, at_least
 from jaxmodel.losses import Loss
 from jaxmodel.losses.chosen import checked_loss
 from jaxmodel.models import Model
-from jaxmodel.train.placing import ShardedLoader, check_rows, explain
+from jaxmodel.train.placing import ShardedLoader, check_rows, explain, not_finite
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,6 +115,8 @@ class Evaluator:
             value, metrics = self._score(params, self._batch(params, j))
             if not np.isfinite(float(value)):
                 explain(self._model, self._once, j, "heldout")  # says if a label is not a class
+                for found in not_finite(self._once, j).values():
+                    raise InputError(f"heldout: {found}; allowed: finite numbers")
             rows.append({"loss": value, "weight": np.float32(1), **metrics})
         weights = np.array([float(row["weight"]) for row in rows])
         total = weights.sum()

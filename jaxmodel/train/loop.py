@@ -35,7 +35,7 @@ from jaxmodel.train.config import TrainConfig, rate_of, schedule_of
 from jaxmodel.train.evaluation import Evaluator
 from jaxmodel.train.gradients import GradientFn, Objective, value_and_grad
 from jaxmodel.train.meter import ThroughputMeter
-from jaxmodel.train.placing import ShardedLoader, check_batch, explain
+from jaxmodel.train.placing import ShardedLoader, check_batch, explain, not_finite
 from jaxmodel.train.program import Program
 from jaxmodel.train.rewind import BadSteps
 from jaxmodel.train.state import TrainState, averaged
@@ -303,9 +303,12 @@ class _Run:
     def went_back(self) -> bool:
         """Handle the bad steps found, and return whether the run is at an earlier step now."""
         self.meter.bad(len(self.bad))
+        bad = {}
         for number in self.bad:
-            explain(self.program.model, self.stream, int(self.state.data_step) - (self.i - number))
-        back = self.bad_steps.rewind_to(self.bad, self.i, self.checkpoints)
+            place = int(self.state.data_step) - (self.i - number)
+            explain(self.program.model, self.stream, place)
+            bad[number] = not_finite(self.stream, place)
+        back = self.bad_steps.rewind_to(bad, self.i, self.checkpoints)
         if back is None:
             self.supervisor.ledger.at(self.i)
             return False
@@ -391,9 +394,10 @@ class _Run:
     def _compiled_with(self, batch: dict[str, Any]) -> Callable[[int, str], Any]:
         """Return a function that compiles the step with other micro-batches or `remat`."""
         program = self.program
-        params = jax.eval_shape(lambda params: params, self.like.params)
 
         def compiled(accumulate: int, remat: str) -> Any:
+            # here, since a trace in every step would cost more than the rest of the loop
+            params = jax.eval_shape(lambda params: params, self.like.params)
             policy = dataclasses.replace(program.model.policy, remat=remat)
             config = dataclasses.replace(program.config, gradient_accumulation_steps=accumulate)
             other = dataclasses.replace(

@@ -179,15 +179,39 @@ def explain(model: Model, stream: Batches, step: int, what: str = "data") -> Non
             counts = weights.reshape(*weights.shape, *[1] * (a.ndim - weights.ndim)) > 0
             wrong &= (a != IGNORED) & counts
         if wrong.any():
-            row = int(np.argwhere(wrong)[0][0])
-            known = getattr(getattr(stream, "stream", stream), "rows", None)
-            if known is not None and isinstance(stream, Shifted):
-                known = stream.rows
-            where = f"row {row} of batch {step}" if known is None else f"row {known(step)[row]}"
             allowed = f"0 to {limit - 1}" + (
                 "" if name == "tokens" else f", or {IGNORED} for positions that do not count"
             )
-            raise InputError(f"{what}: {name} hold {a[wrong][0]} in {where}; allowed: {allowed}")
+            raise InputError(
+                f"{what}: {name} hold {a[wrong][0]} in {_place(stream, step, wrong)}; allowed: "
+                f"{allowed}"
+            )
+
+
+def not_finite(stream: Batches, step: int) -> dict[str, str]:
+    """Return the leaves of a batch that hold NaN or infinity, each with the first value and place.
+
+    It is called only for batches whose loss or gradient is not finite, so good ones cost nothing.
+    """
+    found = {}
+    for name, leaf in stream.batch(step).items():
+        a = np.asarray(leaf)
+        # the kind of ml_dtypes' floats is V
+        wrong = ~np.isfinite(a) if a.dtype.kind in "fcV" else np.zeros(a.shape, bool)
+        if wrong.any():
+            found[name] = f"{name} hold {a[wrong][0]} in {_place(stream, step, wrong)}"
+    return found
+
+
+def _place(stream: Batches, step: int, wrong: np.ndarray) -> str:
+    """Return in words where the first wrong value of a batch stands."""
+    if not wrong.ndim:
+        return f"batch {step}"
+    row = int(np.argwhere(wrong)[0][0])
+    known = getattr(getattr(stream, "stream", stream), "rows", None)
+    if known is not None and isinstance(stream, Shifted):
+        known = stream.rows
+    return f"row {row} of batch {step}" if known is None else f"row {known(step)[row]}"
 
 
 def _limit(model: Model, name: str) -> int | None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable
+import sys
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -36,17 +37,30 @@ class BadSteps:
         self._last = -2
         self._rewound = collections.Counter[int]()
         self._first = 0
+        self._told: set[str] = set()
 
-    def rewind_to(self, bad: Iterable[int], i: int, checkpoints: Checkpoints | None) -> int | None:
+    def rewind_to(
+        self, bad: Mapping[int, Mapping[str, str]], i: int, checkpoints: Checkpoints | None
+    ) -> int | None:
         """Return the step to go back to, or None to go on.
+
+        A leaf of the data that is not finite is reported once.
+
+        Args:
+          bad: number of a bad step -> the leaves of its batch that are not finite, each with the
+            value and its place (`placing.not_finite`).
+          i: the number of steps taken.
+          checkpoints: where to go back to.
 
         Raises:
           InputError: the policy is to stop, or there are too many bad steps.
         """
-        for number in bad:
+        for number, leaves in bad.items():
             self._row = self._row + 1 if number == self._last + 1 else 1
             self._last = number
             what = f"the loss or the gradient of step {number + 1} is not finite or a spike"
+            cause = " and ".join(leaves.values())
+            what += f" ({cause})" if cause else ""
             if self._policy == "stop":
                 raise InputError(
                     f"{what}; allowed: --on-bad-step skip or --on-bad-step rewind to go on, or a "
@@ -57,6 +71,13 @@ class BadSteps:
                     f"{what}, as were the {MOST_BAD - 1} before; try a smaller learning rate or a "
                     f"longer warm-up"
                 )
+            if leaves.keys() - self._told and jax.process_index() == 0:
+                print(
+                    f"jaxmodel: data: {cause}; step {number + 1} is left out, and further batches "
+                    f"like it are only counted (`bad` in the history)",
+                    file=sys.stderr,
+                )
+            self._told |= leaves.keys()
             if self._policy == "rewind" and checkpoints is not None:
                 checkpoints.wait()
                 if (back := checkpoints.latest(at_most=number)) is not None:

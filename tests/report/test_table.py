@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 from rich.console import Console
 from rich.text import Text
 
-from jaxmodel.report import Column, html, print_table, to_markdown
+from jaxmodel.report import Column, Rows, html, print_table, to_markdown
 from jaxmodel.report.table import (
     aligned,
     console_for,
@@ -167,3 +167,10 @@ def test_a_table_too_wide_comes_in_parts_each_with_its_names():
         assert whole.count(column.title) == 1
         assert all(number(row[f"k{i}"]) in whole for row in rows)
     assert shown(rows, columns, 300).count("version 0") == 1
+
+
+def test_the_repr_of_a_table_shows_nothing_by_itself(monkeypatch, capsys):
+    """In a notebook, which shows the HTML of the same table, rich displays what it prints."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert "loss" in repr(Rows([{"step": 1, "loss": 2.5}]))
+    assert capsys.readouterr() == ("", "")

@@ -13,9 +13,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import checkpoint, distributed, losses, optim, train, tree
+from jaxmodel import checkpoint, data, distributed, losses, optim, train, tree
 from jaxmodel.errors import InputError
-from jaxmodel.models import mlp
+from jaxmodel.models import cnn, mlp
 from jaxmodel.train.state import init_state
 from jaxmodel.train.step import make_step, moving_average
 
@@ -339,3 +339,27 @@ def test_every_schedule_trains(schedule):
     )
     _, history = fit(config)
     assert history[-1]["loss"] < history[0]["loss"]
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_data_that_is_not_finite_is_named_once(value, capsys):
+    """The step is left out, and one line says which leaf of which row it was."""
+    model = cnn.model(cnn.SIZES["tiny"])
+    pixels = np.ones((64, *model.inputs(1, 1)["pixels"].shape[1:]), np.float32)
+    pixels[[37, 50], 2, 1, 0] = value
+    given = {"pixels": pixels, "labels": np.arange(64, dtype=np.int32) % 2}
+    config = train.TrainConfig(steps=16, log_every=1)
+    stream = data.Stream(given, 8, seed=0)
+    state, history = train.fit(model, stream, config)
+    bad = [not np.isfinite(stream.batch(i)["pixels"]).all() for i in range(16)]
+    assert [bool(row["bad"]) for row in history] == bad and 2 <= sum(bad) <= 4
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(state.params))
+    said = [line for line in capsys.readouterr().err.splitlines() if "jaxmodel: data" in line]
+    assert len(said) == 1
+    assert f"pixels hold {value} in row " in said[0] and said[0].endswith("(`bad` in the history)")
+    assert "row 37;" in said[0] or "row 50;" in said[0]
+
+
+def test_held_out_data_that_is_not_finite_is_refused():
+    with pytest.raises(InputError, match="heldout: features hold inf in row .*; allowed: finite"):
+        fit(train.TrainConfig(steps=4, eval_every=2, eval_batches=3), heldout=Rows(broken=(1,)))

@@ -170,7 +170,9 @@ def test_a_norm_can_be_the_spike():
 def test_to_stop_at_a_bad_step_names_it():
     config = train.TrainConfig(steps=8, on_bad_step="stop", log_every=1)
     with pytest.raises(
-        InputError, match="the loss or the gradient of step 6 is not finite or a spike"
+        InputError,
+        match=r"the loss or the gradient of step 6 is not finite or a spike .features hold nan in "
+        r"row 0 of batch 5.; allowed",
     ):
         train.fit(MODEL, Rows(broken=(5,)), config, loss=losses.classification)
 
