@@ -174,6 +174,12 @@ CONFIG = {
 POLICY = {"cache": "cache_dtype", "compute": "compute_dtype", "stream": "activation_dtype"}
 """... and of `Policy`."""
 
+OPTIONS = {**CONFIG, "stream": "activation_dtype"}
+"""... and of options of `jaxmodel train`."""
+
+LAUNCH = ("processes", "devices_per_process", "elastic", "regrow")
+"""Options of `jaxmodel launch` that `train` had once."""
+
 
 def current(record: Mapping[str, Any], now: Mapping[str, str] = CONFIG) -> dict[str, Any]:
     """Give the fields of a stored `TrainConfig`, or policy, the names that they have now.

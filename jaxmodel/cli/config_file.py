@@ -19,31 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodel import moved
-from jaxmodel.cli.groups import GROUPS
+from jaxmodel.cli.groups import SECTIONS, section
 from jaxmodel.cli.options import Train
 from jaxmodel.cli.words import checked
 from jaxmodel.errors import InputError, nearest, unknown
 from jaxmodel.files import read_bytes
 
-SECTIONS = ("model", "data", "optim", "train", "run")
 MOST_BYTES = 2**16
-_OF_GROUP = {"model options": "model", "data options": "data", "optimiser options": "optim"}
-_TRAIN = (
-    *("steps", "seed", "gradient_accumulation_steps", "ema_decay"),
-    *("eval_every", "eval_batches", "patience"),
-)
 _NOT_IN_FILE = ("config", "print_config")
 _PLACES = ("json", "runs", "out", "checkpoints")
 """Where results go: another run of the same file has others."""
-
-
-def section(option: str) -> str:
-    """Return the section that an option is written in.
-
-    >>> section("learning_rate"), section("mesh"), section("steps")
-    ('optim', 'run', 'train')
-    """
-    return "train" if option in _TRAIN else _OF_GROUP.get(GROUPS.get(option, ""), "run")
 
 
 def expanded(args: Sequence[str]) -> list[str]:
@@ -88,11 +73,12 @@ def read(path: str) -> dict[str, Any]:
     options = dict[str, Any]()
     for title, inside in record.items():
         if title not in SECTIONS:
-            hint = f" ({title!r} belongs in {section(title)!r})" if title in fields else ""
+            option = moved.OPTIONS.get(str(title), title)
+            hint = f" ({option!r} belongs in {section(option)!r})" if option in fields else ""
             raise InputError(f"{path}: {unknown('section', title, SECTIONS)}{hint}")
         if not isinstance(inside, Mapping | None):
             raise InputError(f"{path}: {title}: allowed: options with their values")
-        for key, value in moved.current(inside or {}).items():
+        for key, value in moved.current(inside or {}, moved.OPTIONS).items():
             key = str(key).replace("-", "_")
             if key not in fields:
                 close = nearest(key, fields, 1)
@@ -165,5 +151,5 @@ def _option(word: str) -> str:
     """Return the name of the field that a word `--name` or `--no-name=value` is of."""
     name = word[2:].partition("=")[0].replace("-", "_")
     fields = {field.name for field in dataclasses.fields(Train)}
-    name = moved.CONFIG.get(name, name)
+    name = moved.OPTIONS.get(name, name)
     return name if name in fields else name.removeprefix("no_")

@@ -1,68 +1,50 @@
-"""The boxes of the help: which kind each option is of."""
+"""Which kind each option of `jaxmodel train` is of: the boxes of the help, and the sections of a
+config file.
+"""
 
 from __future__ import annotations
 
-GROUPS: dict[str, str] = {
-    **dict.fromkeys(
-        (
-            "steps",
-            "optimizer",
-            "learning_rate",
-            "warmup_steps",
-            "schedule",
-            "final_lr_fraction",
-            "stable_fraction",
-        ),
-        "optimiser options",
+SECTIONS = ("model", "data", "optim", "train", "run")
+"""Sections of a config file."""
+BOXES: dict[str, tuple[str, str]] = {
+    "model options": (
+        "model",
+        "model init task trainable lora adapter width depth heads dtype activation_dtype remat "
+        "unroll",
     ),
-    **dict.fromkeys(
-        (
-            "step_size",
-            "gamma",
-            "weight_decay",
-            "max_grad_norm",
-            "b2",
-            "gradient_accumulation_steps",
-            "ema_decay",
-        ),
-        "optimiser options",
+    "data options": ("data", "data weights heldout field pack augment batch context vocab"),
+    "optimizer options": (
+        "optim",
+        "optimizer learning_rate schedule warmup_steps final_lr_fraction stable_fraction step_size "
+        "gamma weight_decay max_grad_norm b2",
     ),
-    **dict.fromkeys(
-        ("data", "weights", "heldout", "field", "pack", "augment", "batch", "context", "vocab"),
-        "data options",
+    "training options": (
+        "train",
+        "steps seed gradient_accumulation_steps ema_decay eval_every eval_batches patience",
     ),
-    **dict.fromkeys(
-        (
-            "model",
-            "init",
-            "task",
-            "trainable",
-            "lora",
-            "adapter",
-            "width",
-            "depth",
-            "heads",
-            "dtype",
-            "stream",
-            "remat",
-            "unroll",
-        ),
-        "model options",
+    "device options": (
+        "run",
+        "mesh devices microbatches pipeline gradient_compression top_k_fraction",
     ),
-    **dict.fromkeys(
-        ("mesh", "devices", "processes", "devices_per_process", "microbatches", "pipeline"),
-        "device options",
+    "fault options": (
+        "run",
+        "on_bad_step spike save_every save_seconds checkpoints watchdog notices",
     ),
-    **dict.fromkeys(("gradient_compression", "top_k_fraction"), "device options"),
-    **dict.fromkeys(
-        ("on_bad_step", "spike", "save_every", "save_seconds", "checkpoints", "elastic", "regrow"),
-        "fault options",
+    "output options": (
+        "run",
+        "out json runs log_every sample profile tensorboard config print_config",
     ),
-    **dict.fromkeys(("watchdog", "notices"), "fault options"),
-    **dict.fromkeys(
-        ("json", "runs", "out", "profile", "tensorboard", "sample", "log_every"), "output options"
-    ),
-    **dict.fromkeys(("config", "print_config"), "output options"),
-    **dict.fromkeys(("eval_every", "eval_batches", "patience"), "evaluation options"),
 }
-"""Option -> the box of the help where it stands; those of the work itself stand in `options`."""
+"""Title of a box -> the section, and the options in it, in order."""
+
+BOX_OF = {name: title for title, (_, names) in BOXES.items() for name in names.split()}
+"""Option -> the box of the help that it is in; others are in the box `options`."""
+
+
+def section(option: str) -> str:
+    """Return the section of a config file that an option is in.
+
+    >>> section("learning_rate"), section("mesh"), section("steps")
+    ('optim', 'run', 'train')
+    """
+    return BOXES[BOX_OF[option]][0]

@@ -5,6 +5,8 @@ one line.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import glob
 import importlib.metadata
 import io
@@ -19,17 +21,19 @@ from typing import Annotated, Any
 import tyro
 
 from jaxmodel.cli import config_file
-from jaxmodel.cli.options import VERBS, Common, Rerun, Resume, Train, check
-from jaxmodel.cli.words import checked, grouped
+from jaxmodel.cli.options import VERBS, Completion, Launch, Rerun, Resume, Train, check
+from jaxmodel.cli.words import checked, grouped, launched, parted
 from jaxmodel.errors import InputError, printable
 from jaxmodel.report.json_out import check_target, clean_stdout, emit
 from jaxmodel.report.table import console_for
 
-ABOUT = """Functional JAX models: train, make smaller, measure, generate. Verbs that compute leave runs/<time>-<verb>/.
+ABOUT = """Functional JAX models: train, compress, evaluate, generate.
 
-The environment variable JAXMODEL_DATA may name a folder with texts and images that come with no package (wikitext2-test.txt,
-wikitext2-valid.txt, tinyshakespeare.txt, mnist.npz); JAXMODEL_CACHE one for tokenised texts. `jaxmodel --version`
-prints the version, `jaxmodel --tyro-print-completion bash` (or zsh) what completes words in that shell."""
+Verbs that compute leave a run folder, runs/<time>-<verb>/. `jaxmodel --version` prints the version.
+
+The environment variable JAXMODEL_DATA may name a folder with texts and images that come with no
+package (wikitext2-test.txt, wikitext2-valid.txt, tinyshakespeare.txt, mnist.npz), and
+JAXMODEL_CACHE a folder for tokenised texts."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -129,14 +133,37 @@ def _undropped() -> Iterator[None]:
             timer.cancel()
 
 
-def read(args: Sequence[str]) -> Common:
+def read(args: Sequence[str]) -> Any:
     """Return the options of a command line.
 
     Raises:
       InputError: what tyro says in a box, as one line.
       SystemExit: after printing help.
     """
-    words = checked(config_file.expanded(args))
+    outer, inner = list(args), list[str]()
+    if outer[:1] != ["launch"]:
+        outer = launched(config_file.expanded(outer))
+    if outer[:1] == ["launch"]:
+        outer, inner = parted(outer)
+    options = _parsed(checked([*outer, *inner[:1]]))
+    if isinstance(options, Launch):
+        if not inner:
+            raise InputError(
+                f"launch: {options.command[0]!r} given; allowed: train or resume, with its options"
+            )
+        read(inner)  # prints its help, and refuses what is wrong
+        return dataclasses.replace(options, command=tuple(inner))
+    if isinstance(options, Completion):
+        with contextlib.suppress(SystemExit):  # which has no code
+            _parsed(["--tyro-print-completion", options.shell])
+        raise SystemExit(0)
+    if isinstance(options, Train) and options.print_config:
+        sys.stdout.write(config_file.dumped(options))
+        raise SystemExit(0)
+    return options
+
+
+def _parsed(words: Sequence[str]) -> Any:
     kinds: list[Any] = [Annotated[cls, tyro.conf.subcommand(name)] for name, cls in VERBS.items()]
     union = kinds[0]
     for kind in kinds[1:]:
@@ -151,43 +178,61 @@ def read(args: Sequence[str]) -> Common:
             contextlib.redirect_stderr(said),
             contextlib.redirect_stdout(shown) if helps else contextlib.nullcontext(),
         ):
-            options: Any = tyro.cli(union, prog="jaxmodel", description=ABOUT, args=words)
-            if isinstance(options, Train) and options.print_config:
-                sys.stdout.write(config_file.dumped(options))
-                raise SystemExit(0)
-            return options
+            return tyro.cli(union, prog="jaxmodel", description=ABOUT, args=words)
     except SystemExit as end:
         if end.code != 2:
             if helps:
                 shown.seek(0)
-                sys.stdout.write(grouped(shown.read()))
+                sys.stdout.write(grouped(shown.read(), words[0]))
             raise
     raise InputError(
         re.sub(r"^Error parsing \w+: ", "", _one_line(said.getvalue()))
     )  # which options refused themselves
 
 
-def run(options: Common) -> tuple[Any, int]:
-    """Run a verb in a run folder of its own; returns its results and the exit code."""
+def run(options: Any) -> tuple[Any, int]:
+    """Run a verb in a run folder of its own; return its results and the exit code."""
     from jaxmodel.cli import rerun
 
-    name = rerun.name_of(options)
     check(options)
+    if isinstance(options, Launch):
+        return _launch(options, read(options.command))
     check_target(options.json)
     if isinstance(options, Resume):
+        how = None if {"mesh", "devices"} & options.given.keys() else rerun.launched(options.folder)
+        if how is not None:
+            return _launch(how, options)
         with rerun.resumed(options) as work:
             return _do(options, work, "train", options.folder)
-    return _do(options, options, name)
+    return _do(options, options, rerun.name_of(options))
 
 
-def _do(options: Common, work: Common, name: str, resumed: str | None = None) -> tuple[Any, int]:
+def _launch(how: Launch, options: Any) -> tuple[Any, int]:
+    """Start the processes of a run of `train`, or of one that goes on."""
+    from jaxmodel.cli import launching, rerun, training, verbs
+
+    check_target(options.json)
+    verb = verbs.Verb(
+        functools.partial(launching.run, how),
+        training.show,
+        functools.partial(launching.prepare, how),
+        training.code,
+    )
+    if isinstance(options, Resume):
+        with rerun.resumed(options) as work:
+            work = launching.with_mesh(how, work)
+            return _do(options, work, "train", options.folder, verb)
+    return _do(options, launching.with_mesh(how, options), "train", None, verb)
+
+
+def _do(
+    options: Any, work: Any, name: str, resumed: str | None = None, verb: Any = None
+) -> tuple[Any, int]:
     from jaxmodel.cli import folders, rerun, verbs
 
-    verb = (
-        verbs.find(name)
-        if name != "rerun"
-        else verbs.Verb(_rerun, rerun.show, _prepare_rerun, rerun.code)
-    )
+    if verb is None and name == "rerun":
+        verb = verbs.Verb(_rerun, rerun.show, _prepare_rerun, rerun.code)
+    verb = verb or verbs.find(name)
     verb.prepare(work)
     with clean_stdout(options.json):
         if verb.keeps:
@@ -212,15 +257,17 @@ def _do(options: Common, work: Common, name: str, resumed: str | None = None) ->
 def _prepare_rerun(options: Rerun) -> None:
     from jaxmodel.cli import rerun, verbs
 
-    again = rerun.options_of(options.folder)
-    verbs.find(rerun.name_of(again)).prepare(again)
+    if rerun.launched(options.folder) is None:  # else `_launch` prepares
+        again = rerun.options_of(options.folder)
+        verbs.find(rerun.name_of(again)).prepare(again)
 
 
 def _rerun(options: Rerun, folder: Any) -> dict[str, Any]:
     from jaxmodel.cli import rerun
 
-    again = rerun.options_of(options.folder)
-    result, _ = run(rerun.redirect(again, folder))
+    again = rerun.redirect(rerun.options_of(options.folder), folder)
+    how = rerun.launched(options.folder)
+    result, _ = run(again) if how is None else _launch(how, again)
     return rerun.compare(options.folder, result, folder)
 
 

@@ -56,25 +56,11 @@ def check(options: Train) -> None:
             f"--heads: {options.heads} given; allowed: a divisor of the width {options.width}: "
             f"{', '.join(map(str, near))}"
         )
-    for name, needed in (
-        ("elastic", "processes"),
-        ("devices_per_process", "processes"),
-        ("regrow", "elastic"),
-    ):
-        if name in given and needed not in given:
-            raise InputError(
-                f"--{name.replace('_', '-')}: given without --{needed}, so it does nothing"
-            )
     if options.batch % options.gradient_accumulation_steps:
         raise InputError(
             f"--gradient-accumulation-steps: {options.gradient_accumulation_steps} micro-batches "
             f"do not divide a batch of "
             f"{options.batch} rows"
-        )
-    if options.processes > 1 and options.batch % (options.processes * options.devices_per_process):
-        raise InputError(
-            f"batch: its rows do not divide over {options.processes} processes of "
-            f"{options.devices_per_process} devices"
         )
     if options.weights:
         if len(options.weights) != len(options.data):
@@ -89,7 +75,7 @@ def check(options: Train) -> None:
         for axis in re.findall(r"(\w+)\s*=", options.mesh):
             if axis not in (known := (*sharding.BATCH_AXES, *sharding.ACTIVATION_AXES, "tensor")):
                 raise unknown("--mesh", axis, set(known))
-    cut = options.mesh or ("data" if options.processes > 1 else "")
+    cut = options.mesh or ""
     for name, usual, axis in (
         ("gradient_compression", "exact", "data"),
         ("microbatches", 0, "pipeline"),

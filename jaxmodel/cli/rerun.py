@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import Any
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args, get_type_hints
 
 from jaxmodel import moved, report, schema
-from jaxmodel.cli.options import VERBS, Common, Resume, Train, check
+from jaxmodel.cli import config_file
+from jaxmodel.cli.options import VERBS, Common, Launch, Resume, Train, check
 from jaxmodel.errors import InputError, one_of
 from jaxmodel.report.json_out import to_plain
 
@@ -48,11 +50,11 @@ def options_of(folder: str, ended: bool = True) -> Common:
         are not those of this version.
     """
     before = report.read_run(folder)
-    config: dict[str, Any] = dict(before.config)
+    config = current(before.config)
     verb = config.pop("verb", None)
-    config.pop("resolved", None)  # what the options come to is found again
-    config.pop("changed", None)  # see `resumed`
-    known = [v for v in VERBS if v not in ("rerun", "resume")]
+    for name in ("resolved", "changed", "launch"):  # no options; see `resumed` and `launching`
+        config.pop(name, None)
+    known = [v for v in VERBS if v not in ("rerun", "resume", "launch", "completion")]
     one_of(f"{folder}/config.json: verb", verb, known)
     if ended and not (before.folder / "report.json").exists():
         raise InputError(f"folder: {folder!r} has no report.json; the run did not end")
@@ -61,14 +63,33 @@ def options_of(folder: str, ended: bool = True) -> Common:
         raise InputError(
             f"folder: {folder!r} was stopped at step {found.get('steps')}; resume it first"
         )
-    if verb == "train":
-        config = moved.current(config)
     options = schema.make(config, VERBS[verb], f"{folder}/config.json")
     try:
         check(options)
     except InputError as error:
         raise InputError(f"{folder}/config.json: {error}") from None
     return options
+
+
+def current(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a run, of any version, with the names that its options have now."""
+    if config.get("verb") != "train":
+        return dict(config)
+    found = moved.current(config, moved.OPTIONS)
+    how = {name: found.pop(name) for name in moved.LAUNCH if name in found}
+    return {"launch": how, **found} if how.get("processes", 1) != 1 else found
+
+
+def launched(folder: str) -> Launch | None:
+    """Return how the processes of a run are started; None for one, and inside of these.
+
+    Raises:
+      InputError: that is no run folder, or its record is none of `launch`.
+    """
+    record = current(report.read_run(folder).config).get("launch")
+    if record is None or "JAX_COORDINATOR_ADDRESS" in os.environ:
+        return None
+    return schema.make({**record, "command": ["resume"]}, Launch, f"{folder}/config.json: launch")
 
 
 def trained_by(folder: str) -> Train:
@@ -83,46 +104,86 @@ def trained_by(folder: str) -> Train:
     return options
 
 
-CHANGES = {"steps": ("steps", "eval_every"), "batch": ("batch_size", "heldout")}
-"""Options of `resume` -> what differs in the identity of the run; of the others, the field of the
-same name.
-"""
+CHANGES = {
+    "steps": ("steps", "eval_every"),
+    "batch": ("batch_size", "heldout"),
+    "eval_batches": ("eval_batches", "eval_rows"),
+    "patience": ("patience", "eval_every", "eval_batches", "eval_rows", "heldout"),
+    "dtype": ("compute",),
+    "activation_dtype": ("stream",),
+}
+"""Option of `resume` -> what differs in the identity of the run, if not the field of its name."""
 
 
 @contextlib.contextmanager
 def resumed(options: Resume) -> Iterator[Train]:
-    """The options of a run that goes on.
+    """Give the options of a run that goes on.
 
-    Those that are given anew are written into its folder, where its other processes find them, with
-    what may differ by them; if it cannot go on so, they are taken out again.
+    New values are written to its config.json, where its other processes find them, with what may
+    differ by them, and to its config.yaml. If the run cannot go on with them, they are taken out
+    again.
 
     Raises:
       InputError: as `trained_by`, or a value out of range.
     """
     before = trained_by(options.folder)
-    names = [field.name for field in dataclasses.fields(options) if hasattr(before, field.name)]
-    known = [field.name for field in dataclasses.fields(Common)]
-    given = {
-        name: getattr(options, name)
-        for name in names
-        if name not in known and getattr(options, name) is not None
-    }
-    if not given:
+    if not (given := options.given):
         yield before
         return
     work = dataclasses.replace(before, **given)
     check(work)
+    _check_state(before, work)
     run = report.read_run(options.folder)
+    config = current(run.config)
     changed = {
-        *run.config.get("changed", ()),
+        *config.get("changed", ()),
         *(one for name in given for one in CHANGES.get(name, (name,))),
     }
-    run.save_json("config.json", {**run.config, **given, "changed": sorted(changed)})
+    if {"mesh", "devices"} & given.keys():
+        config.pop("launch", None)  # it is told anew where processes are started again
+    values = {name: to_plain(getattr(work, name)) for name in given}
+    written = run.folder / "config.yaml"
+    text = written.read_text("utf-8") if written.is_file() else None
+    saved = _saved(run)
+    run.save_json("config.json", {**config, **values, "changed": sorted(changed)})
+    run.save_bytes(written.name, config_file.dumped(work, places=False))
     try:
         yield work
     except InputError:
-        run.save_json("config.json", run.config)
+        if _saved(run) == saved:  # else it has gone on with them
+            run.save_json("config.json", run.config)
+            if text is not None:
+                run.save_bytes(written.name, text)
+            else:
+                written.unlink(missing_ok=True)
         raise
+
+
+def _check_state(before: Train, work: Train) -> None:
+    """Refuse options with which the state would consist of other arrays.
+
+    Raises:
+      InputError: names the option, its values, and what is allowed.
+    """
+    for name in ("patience", "ema_decay", "spike"):
+        then, now = getattr(before, name), getattr(work, name)
+        if bool(then) != bool(now):
+            raise InputError(
+                f"--{name.replace('_', '-')}: {now} given for a run with {then}, whose checkpoints "
+                f"have other arrays; allowed: {'above 0' if then else '0'}"
+            )
+    if (then := before.schedule) != (now := work.schedule) and "plateau" in (then, now):
+        known = get_args(get_type_hints(Train)["schedule"])
+        allowed = [then] if then == "plateau" else [one for one in known if one != "plateau"]
+        raise InputError(
+            f"--schedule: {now} given for a run with {then}, whose checkpoints have other arrays; "
+            f"allowed: {', '.join(allowed)}"
+        )
+
+
+def _saved(run: report.Run) -> set[str]:
+    """Return the names of the checkpoints in a run folder."""
+    return {path.name for path in (run.folder / "checkpoints").glob("step-*")}
 
 
 def redirect(options: Common, room: report.Run) -> Common:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
@@ -24,42 +23,32 @@ CHECKPOINTS = "checkpoints"
 
 
 def prepare(options: Train) -> None:
-    """Before JAX starts its devices: what the options alone tell, then simulated devices, or the
-    other processes of the run.
-    """
+    """Refuse wrong options, simulate devices and meet the other processes, before JAX starts."""
     from jaxmodel import sharding
     from jaxmodel.cli import refusals
     from jaxmodel.distributed import startup
 
     refusals.check(options)
-    if _launches(
-        options
-    ):  # this process only starts the others, and rehearses as if their devices were its own
-        return sharding.simulate_devices(options.processes * options.devices_per_process)
     if options.devices != 1:
         sharding.simulate_devices(options.devices)
     startup.initialize()
 
 
 def prepare_replay(options: Replay) -> None:
-    """Before JAX starts its devices: as many simulated ones, in this one process, as the run had."""
+    """Simulate as many devices in this process as the run had in all, before JAX starts."""
     from jaxmodel import sharding
     from jaxmodel.cli import rerun
 
-    again = rerun.trained_by(options.folder)
-    each = (
-        again.devices_per_process if again.processes > 1 and again.devices == 1 else again.devices
-    )
-    if again.processes * each > 1:
-        sharding.simulate_devices(again.processes * each)
+    devices = rerun.trained_by(options.folder).devices
+    how = rerun.launched(options.folder)
+    if how is not None and devices == 1:
+        devices = how.processes * how.devices_per_process
+    if devices > 1:
+        sharding.simulate_devices(devices)
 
 
 def run(options: Train, folder: Any) -> dict[str, Any]:
-    """Train in a run folder, from its last checkpoint on where there is one; with several
-    processes, in those.
-    """
-    if _launches(options):
-        return _launched(options, folder)
+    """Train in a run folder, from its last checkpoint on if there is one."""
     import jax
 
     from jaxmodel import checkpoint, distributed, hub, report, train
@@ -194,8 +183,6 @@ def replay(options: Replay, folder: Any) -> dict[str, Any]:
     again = dataclasses.replace(
         again, log_every=1, eval_every=again.eval_every or max(1, again.steps // 4)
     )
-    if again.processes > 1:  # here they are devices of one
-        again = dataclasses.replace(again, mesh=again.mesh or "data=*")
     job = _Job(again, folder)
     supervisor = distributed.RunMonitor(stop=lambda step: step >= options.step)
     with job.checkpoints(before.folder, read_only=True, at_most=options.step - 1) as checkpoints:
@@ -400,7 +387,7 @@ def _mesh(options: Train) -> Any:
 
     from jaxmodel import sharding
 
-    text = options.mesh or ("data=*" if jax.process_count() > 1 or _launches(options) else None)
+    text = options.mesh or ("data=*" if jax.process_count() > 1 else None)
     return None if text is None else sharding.make_mesh(text)
 
 
@@ -416,7 +403,7 @@ def _policy(options: Train) -> Any:
     more: dict[str, Any] = {
         name: getattr(options, name) for name in ("remat", "microbatches", "unroll")
     }
-    return Policy(options.dtype, options.stream, **more)
+    return Policy(options.dtype, options.activation_dtype, **more)
 
 
 def _new(options: Train, task: str | None = None, **more: Any) -> Any:
@@ -428,8 +415,13 @@ def _new(options: Train, task: str | None = None, **more: Any) -> Any:
     return make(tasks.new_config(options, task, **more), _policy(options))
 
 
+def rehearse(options: Train) -> None:
+    """Trace the first step of a new GPT on shapes, which needs no text."""
+    _rehearse(options, _new(options), None)
+
+
 def _rehearse(options: Train, model: Any, params: Any, trainable: Any = None) -> None:
-    """The first step on shapes, before texts are tokenised."""
+    """Trace the first step on shapes, before texts are tokenised."""
     import jax
     import numpy as np
 
@@ -530,36 +522,6 @@ def _say_without(model: Any, params: Any) -> None:
         )
 
 
-def _launches(options: Train) -> bool:
-    """Return whether this process is to start those that train, and is not one of them."""
-    return options.processes > 1 and "JAX_COORDINATOR_ADDRESS" not in os.environ
-
-
-def _launched(options: Train, folder: Any) -> dict[str, Any]:
-    """Start the processes; each resumes the run of this folder."""
-    from jaxmodel.distributed import launch
-
-    if os.environ.get("JAX_CPU_COLLECTIVES_IMPLEMENTATION") == "mpi":
-        raise InputError(
-            f"--processes: {options.processes} given; with MPI, start them by mpirun or srun"
-        )
-    if options.init is None and options.model is None:
-        _rehearse(options, _new(options), None)
-    launch.launch(
-        ["-m", "jaxmodel", "resume", str(folder.folder)],
-        processes=options.processes,
-        devices=options.devices_per_process,
-        logs=Path(folder.folder),
-        elastic=options.elastic,
-        regrow=options.regrow,
-        fits=lambda processes: options.batch % (processes * options.devices_per_process) == 0,
-        finished=lambda: _report(folder).get("stopped") is False,
-    )
-    if not (found := _report(folder)):
-        raise InputError(f"train: the processes left no report in {os.fspath(folder.folder)!r}")
-    return found
-
-
 def _unsaved(checkpoints: Any) -> str | None:
     """Wait for the last checkpoint; what is wrong with it, which of several processes the first
     gets to know.
@@ -585,14 +547,6 @@ def _unsaved(checkpoints: Any) -> str | None:
 
 def _shown(loss: float | None) -> str:
     return "not finite" if loss is None or not math.isfinite(loss) else f"{loss:.3f}"
-
-
-def _report(folder: Any) -> dict[str, Any]:
-    """What the first process wrote at its end; nothing if it did not come to one."""
-    try:
-        return json.loads(Path(folder.folder, "report.json").read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:

@@ -8,16 +8,18 @@ import dataclasses
 import decimal
 import functools
 import re
+import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from tyro.conf import Positional, UseAppendAction
 
 from jaxmodel import moved
-from jaxmodel.cli.groups import GROUPS
-from jaxmodel.cli.options import VERBS, Generate, Predict
+from jaxmodel.cli.groups import BOX_OF, BOXES
+from jaxmodel.cli.options import VERBS, Generate, Launch, Predict, Train
+from jaxmodel.cli.train_options import CHANGEABLE
 from jaxmodel.errors import InputError, nearest, unknown
 
 _OPTION = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
@@ -34,6 +36,8 @@ _MEANT = {
     "o": "out",
 }
 """What other programs call an option."""
+_BOX_OF_OTHERS = {name: title for name, title in BOX_OF.items() if title != "training options"}
+"""Only `train` and `resume` have a box of training options: a seed is of something else elsewhere."""
 _BEHIND = {Generate: "prompt", Predict: "input"}
 """What the words behind the model are the values of, where no option says so."""
 
@@ -100,7 +104,7 @@ def checked(args: Sequence[str]) -> list[str]:
         name = found[1].replace("_", "-")
         value = found[2]
         if name not in known:  # options of train had other names once
-            name = moved.CONFIG.get(name.replace("-", "_"), name).replace("_", "-")
+            name = moved.OPTIONS.get(name.replace("-", "_"), name).replace("_", "-")
         if name in _OURS:
             return [verb, word, *rest]
         off = (
@@ -248,9 +252,17 @@ def _unknown(name: str, shown: str, known: Mapping[str, _Kind], verb: str) -> st
     options = [one for one, kind in known.items() if not kind.placed]
     meant = _MEANT.get(name)
     name = name.lower().replace("_", "-")
+    name = moved.OPTIONS.get(name.replace("-", "_"), name).replace("_", "-")
     others = [
         other for other, cls in VERBS.items() if name in kinds(cls) and not kinds(cls)[name].placed
     ]
+    if verb == "resume" and name in kinds(Train):
+        return (
+            f"{shown}: a run that goes on cannot change it, since what was trained depends on it; "
+            f"allowed: {_written(CHANGEABLE[:4])}, --batch, --mesh, --devices and others of "
+            f"`jaxmodel resume --help`; `jaxmodel train --init RUN/bundle` starts a new run from "
+            f"its weights"
+        )
     if others and name not in options and meant not in options:
         return f"{shown} is unknown to {verb}; it is an option of {', '.join(others)}"
     close = [meant] if meant in options else nearest(name, options, 1)
@@ -258,13 +270,50 @@ def _unknown(name: str, shown: str, known: Mapping[str, _Kind], verb: str) -> st
     return f"{shown} is unknown; {hint}"
 
 
-def grouped(help_text: str, groups: Mapping[str, str] = GROUPS) -> str:
-    """A help text whose options stand in a box for each kind, those that must be given first.
+def _written(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
+def launched(args: Sequence[str]) -> list[str]:
+    """Return the words of `launch` for those of `train` with its options, as it took them once.
+
+    >>> launched(["train", "--processes", "2", "--steps", "3", "--elastic"])
+    ['launch', '--processes', '2', '--elastic', 'train', '--steps', '3']
+    >>> launched(["train", "--processes=1"])
+    ['train']
+    """
+    words = list(args)
+    if words[:1] not in (["train"], ["resume"]) or {"-h", "--help"} & set(words):
+        return words
+    how = list[str]()
+    left = list[str]()
+    while words:
+        word = words.pop(0)
+        name = word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else ""
+        if name.removeprefix("no_") not in moved.LAUNCH:
+            left.append(word)
+            continue
+        how.append(word)
+        if "=" not in word and kinds(Launch)[name.replace("_", "-")].words and words:
+            how.append(words.pop(0))
+    alone = "".join(how).replace("=", "") == "--processes1"
+    return left if alone or not how else ["launch", *how, *left]
+
+
+def parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words of `launch` itself, and those of the command behind it."""
+    at = next((i for i, word in enumerate(words) if word in ("train", "resume")), len(words))
+    return list(words[:at]), list(words[at:])
+
+
+def grouped(help_text: str, verb: str = "train") -> str:
+    """Return a help text with its options in a box for each kind, those that are required first.
 
     Args:
       help_text: as tyro prints it: one box of options, each beginning with its name.
-      groups: option -> title of its box; the others stay under `options`.
+      verb: whose help it is.
     """
+    boxes_of = BOX_OF if verb in ("train", "resume") else _BOX_OF_OTHERS
     lines = help_text.split("\n")
     try:  # a frame; or, for a terminal without such characters, a title with a line below
         top = next(i for i, line in enumerate(lines) if re.match("(╭─)? options ", line))
@@ -278,16 +327,26 @@ def grouped(help_text: str, groups: Mapping[str, str] = GROUPS) -> str:
     except StopIteration:
         return help_text
     blocks: list[list[str]] = []
+    order = list(BOX_OF)
     for line in lines[first:end]:
         if re.match("[│ ] ?-", line) or not blocks:
             blocks.append([])
         blocks[-1].append(line)
     boxes: dict[str, list[str]] = {"required options": [], "options": []}
-    boxes |= {title: [] for title in groups.values()}
-    for block in blocks:
-        name = re.search(r"--([a-z][\w-]*)", block[0])
-        title = groups.get(name[1].replace("-", "_"), "options") if name else "options"
-        boxes["required options" if "(required)" in " ".join(block) else title] += block
+    boxes |= {title: [] for title in BOXES}
+    named = [
+        (
+            found[1].replace("-", "_")
+            if (found := re.search(r"--([a-z][\w-]*)", block[0]))
+            else "",
+            block,
+        )
+        for block in blocks
+    ]
+    place = lambda pair: order.index(pair[0]) if pair[0] in order else -1
+    for name, block in sorted(named, key=place):
+        needed = "(required)" in " ".join(block)
+        boxes["required options" if needed else boxes_of.get(name, "options")] += block
     width = len(lines[end])
     made = []
     for title, inside in boxes.items():
@@ -298,4 +357,13 @@ def grouped(help_text: str, groups: Mapping[str, str] = GROUPS) -> str:
                 else [f" {title}", lines[top + 1]]
             )
             made += [*head, *inside, lines[end]]
-    return "\n".join([*lines[:top], *made, *lines[end + 1 :]])
+    return "\n".join([*_wrapped(lines[:top], width), *made, *lines[end + 1 :]])
+
+
+def _wrapped(lines: Sequence[str], width: int) -> list[str]:
+    """Return the lines in front of the boxes, the description among them in lines of a width."""
+    made = list[str]()
+    for line in lines:
+        long = len(line) > width and not line.startswith("usage:")
+        made += textwrap.wrap(line, width, break_on_hyphens=False) if long else [line]
+    return made

@@ -36,45 +36,48 @@ class TrainOptions:
     """The plain values of `TrainConfig`, which are also options of `jaxmodel train`.
 
     Attributes:
-      steps: Updates of the weights. The number of epochs is steps times the rows of a batch,
-        divided by the rows of the data.
-      optimizer: One of adamw, adamw8 (its moments take 8 bits), sgd, lion, adafactor, muon.
-      learning_rate: The rate at the peak of the schedule.
-      warmup_steps: Updates over which the learning rate rises (at most half of them).
-      schedule: Course of the learning rate after that: constant, step, cosine, wsd (stays, then
-        falls), one_cycle, plateau (falls when the loss does not).
-      final_lr_fraction: The last rate as a share of the peak, for cosine, wsd and one_cycle; the
-        least rate for plateau.
-      stable_fraction: The share of the updates that wsd stays at the peak.
-      step_size: Updates between two drops of step, 0 for a third of all; for plateau, those
-        without a better loss until one.
-      gamma: The factor by which a drop of step or plateau multiplies the rate.
-      weight_decay: Strength of the decay of weights towards zero, times the learning rate; norms
+      steps: Number of updates of the weights. An epoch takes as many as the data have rows, divided
+        by the rows of a batch.
+      optimizer: Optimiser: adamw, adamw8 (AdamW with 8-bit moments), sgd, lion, adafactor or muon.
+      learning_rate: Peak of the learning-rate schedule.
+      warmup_steps: Updates over which the learning rate rises from 0 to its peak; at most half of
+        the updates.
+      schedule: Learning rate after the warm-up: constant, step (drops at intervals), cosine (falls
+        to the end), wsd (stays, then falls), one_cycle (rises and falls once) or plateau (drops
+        when the training loss no longer falls).
+      final_lr_fraction: Learning rate at the end as a fraction of its peak, for cosine, wsd and
+        one_cycle; the lowest rate for plateau.
+      stable_fraction: Fraction of the updates that the wsd schedule stays at its peak.
+      step_size: Updates between two drops of the step schedule, 0 for a third of all updates; for
+        plateau, updates without a lower loss before a drop.
+      gamma: Factor that multiplies the learning rate at each drop of step or plateau.
+      weight_decay: Strength of the weight decay, which is multiplied by the learning rate; norms
         and biases do not decay.
-      max_grad_norm: Largest global norm of the gradient; 0 for no limit.
-      b2: Decay of the mean of squared gradients, for the optimisers that keep one.
-      gradient_accumulation_steps: Micro-batches that each batch is cut into: the same gradient,
-        with the memory of one of them.
-      pipeline: The order in which the stages of a mesh with `pipeline` work: gpipe (all forward
-        passes first) or 1f1b (each backward pass as soon as it can).
-      gradient_compression: The sum of gradients over the data axis of a mesh: exact, int8, or top_k
-        (only the largest, with error feedback).
-      top_k_fraction: The share of the gradients that top_k exchanges in a step.
-      ema_decay: Decay of a moving average of the weights, such as 0.999, which is then judged and
-        kept; 0 for none.
-      patience: Stop after so many held-out losses without a better one, and take the best weights;
-        0 for never.
-      on_bad_step: The answer to a step whose loss or gradient is not finite or a spike: skip leaves
-        it out, rewind goes back to a checkpoint and past its batch, stop ends the run.
-      spike: Standard deviations above the mean of the last 128 losses (or gradient norms) that make
-        a spike; 0 for no check.
-      seed: Seed of the initial weights and of each step's randomness.
-      log_every: Updates between two rows of the history.
-      eval_every: Updates between two held-out losses; 0 for one, at the end.
-      eval_batches: Batches of a held-out loss whose stream has no end, such as a mixture.
-      save_every: Updates between two checkpoints; 0 to save by time.
-      save_seconds: Seconds between two checkpoints, where they are not by updates; 0 for never. The
-        end has one in any case.
+      max_grad_norm: Clip the gradient to this global norm; 0 for no clipping.
+      b2: Decay rate of the running mean of squared gradients (Adam's beta 2).
+      gradient_accumulation_steps: Cut each batch into this many micro-batches and sum their
+        gradients: the same update in less memory.
+      pipeline: Order of work in a mesh with a pipeline axis: gpipe (all forward passes first), or
+        else 1f1b (each backward pass as soon as it can).
+      gradient_compression: Sum of the gradients over the data axis of a mesh: exact, int8 (rounded
+        to 8 bits), or top_k (of the largest values only, with error feedback).
+      top_k_fraction: Fraction of the gradient that top_k exchanges in each step.
+      ema_decay: Decay rate of a moving average of the weights, such as 0.999, which is evaluated
+        and saved instead of the weights; 0 for none.
+      patience: Stop after this many evaluations without a lower held-out loss and keep the best
+        weights; 0 for never.
+      on_bad_step: Response to a loss or gradient that is not finite or spikes: skip the update,
+        rewind to a checkpoint and go past that batch, or stop the run.
+      spike: Treat a loss or gradient norm as a spike if it is this many standard deviations above
+        the mean of the last 128; 0 for no check.
+      seed: Seed of the initial weights and of the randomness in each step.
+      log_every: Updates between two rows of the log.
+      eval_every: Updates between two evaluations on the held-out data; 0 for one at the end.
+      eval_batches: Number of held-out batches to evaluate if their stream has no end, such as a
+        mixture.
+      save_every: Updates between two checkpoints; 0 to save by time (see save_seconds).
+      save_seconds: Seconds between two checkpoints, unless save_every is given; 0 for none but the
+        one at the end.
 
     Raises:
       InputError: a number is out of range, or a name is unknown.

@@ -5,6 +5,7 @@ input.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from tokenizers import processors
 
 import jaxmodel
 from jaxmodel import compress, data, evaluate, hub, ops, report, train, tree
-from jaxmodel.cli import main, options
+from jaxmodel.cli import common, main
 from jaxmodel.cli.main import read
 from jaxmodel.cli.options import VERBS, Train
 from jaxmodel.data.text import NAMES
@@ -235,7 +236,7 @@ def test_a_place_of_checkpoints_is_the_same_from_every_folder():
 
 
 def test_files_are_the_same_from_every_folder_and_names_stay(tmp_path, monkeypatch):
-    assert options._NAMES == NAMES
+    assert common.NAMES == NAMES
     for name in ("a.txt", "english", "b[1]/c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(TEXT)
@@ -428,7 +429,7 @@ def test_every_option_stands_in_one_box_and_its_help_stands_alone(capsys, verb, 
     monkeypatch.setenv("COLUMNS", "100")
     found = options_of_help(call(capsys, verb, "--help").out)
     fields = {field.name.replace("_", "-") for field in dataclasses.fields(VERBS[verb])}
-    positional = {"model", "folder", "name"} if verb not in ("demo", "train") else set()
+    positional = {"model", "folder", "name", "command", "shell"} if verb not in ("demo", "train") else set()
     found.pop("help")
     assert fields - positional <= set(found)
     for name, (title, said) in found.items():
@@ -441,10 +442,21 @@ def test_every_option_stands_in_one_box_and_its_help_stands_alone(capsys, verb, 
     if verb == "train":
         kinds = {
             f"{kind} options"
-            for kind in ("optimiser", "data", "model", "device", "fault", "output", "evaluation")
+            for kind in ("optimizer", "data", "model", "device", "fault", "output", "training")
         }
-        assert {title for title, _ in found.values()} == kinds | {"options"}
-        assert {name for name, (title, _) in found.items() if title == "options"} == {"seed"}
+        assert {title for title, _ in found.values()} == kinds
+        assert not {name for name, (title, _) in found.items() if title == "options"}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_sentence_of_the_help_is_broken_in_the_middle(capsys, verb, monkeypatch):
+    """On a terminal as wide as any sentence each is one line, beside or below its option."""
+    monkeypatch.setenv("COLUMNS", "1500")
+    lines = [line.strip("│ ") for line in call(capsys, verb, "--help").out.splitlines()]
+    for i, line in enumerate(lines):
+        if re.match("--?[a-z]", line):
+            below = itertools.takewhile(lambda text: re.match(r"[\w'`(]", text), lines[i + 1 :])
+            assert len([text for text in below if not text.endswith(" options")]) <= 1, line
 
 
 def test_version(capsys):

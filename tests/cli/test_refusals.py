@@ -39,9 +39,11 @@ WRONG = [
     ),
     ("--microbatches 4", "--microbatches: 4 given without an axis pipeline"),
     ("--pipeline 1f1b --mesh data=1", "--pipeline: 1f1b given without an axis pipeline"),
-    ("--elastic", "--elastic: given without --processes"),
-    ("--devices-per-process 2", "--devices-per-process: given without --processes"),
-    ("--processes 3", "batch: its rows do not divide over 3 processes of 1 devices"),
+    ("--elastic", "Missing from jaxmodel launch: --processes INT"),
+    ("--devices-per-process 2", "Missing from jaxmodel launch: --processes INT"),
+    ("--processes 2 --regrow 5", "--regrow: given without --elastic"),
+    ("--processes 2 --devices 4", "--devices: 4 given with launch; allowed: --devices-per-process"),
+    ("--processes 3", "--batch: 16 rows do not divide over 3 processes of 1 devices"),
     ("--processes 1e6", "--processes: 1000000 given; allowed: 1 to 512"),
     ("--sample=", "--sample: '' given; allowed: at least one token"),
     ("--weights 1 2", "--weights: 2 given for 1 texts of --data; allowed: one for each"),
@@ -138,7 +140,7 @@ MESHES = [
     ("--processes 2 --mesh tensor=3 --batch 6", "'tensor': 3} does not divide the leaf"),
     (
         "--processes 2 --devices-per-process 4 --mesh fsdp=8 --batch 12",
-        "batch: its rows do not divide over 2 processes of 4",
+        "--batch: 12 rows do not divide over 2 processes of 4",
     ),
 ]
 

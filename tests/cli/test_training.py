@@ -249,14 +249,18 @@ def test_a_loss_that_is_not_finite_is_no_lack_of_rows():
 
 @pytest.mark.parametrize(
     ("devices", "wanted"),
-    [({"devices": 8}, [8]), ({"processes": 2, "devices_per_process": 3}, [6]), ({}, [])],
+    [
+        ({"devices": 8}, [8]),
+        ({"launch": {"processes": 2, "devices_per_process": 3}}, [6]),
+        ({"processes": 2, "devices_per_process": 3}, [6]),  # as `train` wrote it once
+        ({}, []),
+    ],
 )
 def test_a_replay_has_the_devices_of_the_run(devices, wanted, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(sharding, "simulate_devices", asked.append)
-    made = report.start_run(
-        "train", {"verb": "train", **dataclasses.asdict(Train(**devices))}, tmp_path
-    )
+    config = {"verb": "train", **dataclasses.asdict(Train()), **devices}
+    made = report.start_run("train", config, tmp_path)
     training.prepare_replay(Replay(folder=str(made.folder), step=1))
     assert asked == wanted
 
@@ -275,7 +279,7 @@ def test_a_replay_has_the_devices_of_the_run(devices, wanted, tmp_path, monkeypa
             ["--gradient-accumulation-steps", 3],
             "gradient-accumulation-steps: 3 micro-batches do not divide a batch of 4 rows",
         ),
-        (["--processes", 3], "batch: its rows do not divide over 3 processes of 1 devices"),
+        (["--processes", 3], "--batch: 4 rows do not divide over 3 processes of 1 devices"),
     ],
 )
 def test_bad_options(change, said, folder, capsys):
