@@ -21,6 +21,7 @@ from typing import Any
 from jaxmodel import moved
 from jaxmodel.cli.groups import SECTIONS, section
 from jaxmodel.cli.options import Train
+from jaxmodel.cli.paths import at_home, spooled
 from jaxmodel.cli.words import checked
 from jaxmodel.errors import InputError, nearest, unknown
 from jaxmodel.files import read_bytes
@@ -48,9 +49,10 @@ def expanded(args: Sequence[str]) -> list[str]:
         return words
     name, _, path = words.pop(at).partition("=")
     if not path:
-        if at >= len(words) or words[at].startswith("-"):
+        if at >= len(words) or words[at].startswith("--"):
             raise InputError(f"{name}: no value given; allowed: a YAML or TOML file")
         path = words.pop(at)
+    path = spooled("config", ".yaml") if path == "-" else at_home("config", path)
     given = {_option(word) for word in words if word.startswith("--")}
     options = {key: value for key, value in read(path).items() if key not in given}
     return ["train", *_words(options), *words[1:]]

@@ -1,5 +1,7 @@
-"""The texts of `jaxmodel train`: a tokenizer learnt from them, their ids in shards, streams of
-windows or of packed documents.
+"""The data of `jaxmodel train`.
+
+A tokenizer is learnt from the texts, their ids are kept in shards, and streams give windows or
+packed documents.
 """
 
 from __future__ import annotations
@@ -26,17 +28,15 @@ from jaxmodel.errors import InputError
 from jaxmodel.progress import step
 
 HELDOUT_ROWS = 16
-"""Rows of the held-out text that `--eval-batches` counts as one: which are judged must not move
-with --batch or --seed.
-"""
+"""Rows of the held-out text that `--eval-batches` counts as one, for any --batch and --seed."""
 LEAST_TO_SPLIT = 10
-"""Rows with answers or labels, of which each tenth is held out where there is no file for it."""
+"""The least number of rows with answers or labels of which a tenth is held out by default."""
 LEARN_FROM = 2**24
-"""Characters of each text that the tokenizer is learnt from, at most."""
+"""The most characters of each text that the tokenizer is learnt from."""
 
 
 class Corpus(NamedTuple):
-    """What a run reads."""
+    """The data that a run reads."""
 
     tokenizer: Any
     stream: data.Batches
@@ -46,16 +46,18 @@ class Corpus(NamedTuple):
     labels: tuple[str, ...] | None = None
     """Names of the classes, where rows have labels."""
     prompt: str = "The "
-    """What the sample at the end of the run goes on from, if nobody says another."""
+    """The default prompt of the sample at the end of the run."""
 
 
 def load(options: Train, tokenizer: hub.Tokenizer | None = None, task: str = "language") -> Corpus:
-    """Learn the tokenizer, tokenise once, and open the streams; of several processes the first does
-    the work.
+    """Learn the tokenizer, tokenise once, and open the streams.
+
+    Of several processes the first does the work.
 
     Args:
-      options: of the run.
-      tokenizer: of the model that is trained on; None to learn one.
+      options: the options of the run.
+      tokenizer: the tokenizer of the model to fine-tune; None to learn one.
+      task: the training task; see `tasks.TASKS`.
 
     Raises:
       InputError: a text that cannot be read or is too short.
@@ -99,8 +101,10 @@ def load(options: Train, tokenizer: hub.Tokenizer | None = None, task: str = "la
 
 
 def kind(options: Train) -> str | None:
-    """Return what the rows are: "images" (folders of classes), "answers" (chats, prompts with
-    completions), "label" (texts with classes), "pair" (two texts), None for plain texts.
+    """Return what the rows of the data are.
+
+    "images" are folders of classes, "answers" chats and prompts with completions, "label" texts
+    with classes, and "pair" two texts; None stands for plain texts.
 
     Raises:
       InputError: sources of several kinds.
@@ -176,7 +180,7 @@ def load_pairs(options: Train, tokenizer: hub.Tokenizer, make: Any) -> Corpus:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """Some rows of others, as `Stream` takes them."""
+    """A subset of rows, as `Stream` takes them."""
 
     whole: Any
     numbers: np.ndarray
@@ -208,9 +212,7 @@ def load_images(options: Train, config: Any, processor: Any) -> Corpus:
 
 
 def load_answers(options: Train, tokenizer: hub.Tokenizer) -> Corpus:
-    """Rows to learn answers from; without a held-out file each tenth row is held out, where there
-    are ten.
-    """
+    """Read rows with answers; without a held-out file each tenth row is held out."""
     if options.weights:
         raise InputError(
             "--weights: given for rows to learn answers from, which are read as one; allowed: "
@@ -227,7 +229,7 @@ def load_answers(options: Train, tokenizer: hub.Tokenizer) -> Corpus:
 
 
 def load_labelled(options: Train, tokenizer: hub.Tokenizer) -> Corpus:
-    """Rows to learn classes from; held out is as of `load_answers`, in proportion for each class."""
+    """Read rows with classes; held-out rows as in `load_answers`, in proportion for each class."""
     with step("tokenise"):
         rows, names = data.labelled(options.data, tokenizer, options.context)
         judged = None
@@ -240,7 +242,7 @@ def load_labelled(options: Train, tokenizer: hub.Tokenizer) -> Corpus:
 
 
 def _question(tokenizer: hub.Tokenizer, rows: Any) -> str:
-    """What stands in front of the first answer of the first row."""
+    """Return the text in front of the first answer of the first row."""
     first = rows.take(np.array([0]))
     end = int(np.argmax(first["weights"][0] > 0)) + 1
     return tokenizer.decode(first["tokens"][0, :end].tolist(), skip_special=False)
@@ -274,9 +276,9 @@ def _beginning(text: Any) -> Iterator[str]:
 
 
 def _folder(source: str, tokenizer: hub.Tokenizer) -> Path:
-    """Return where the ids of a text stay, so that the next run finds them:
+    """Return the folder that keeps the ids of a text for the next run.
 
-    `$JAXMODEL_CACHE`, or `~/.cache/jaxmodel`.
+    It is in `$JAXMODEL_CACHE`, or else in `~/.cache/jaxmodel`.
     """
     room = Path(os.environ.get("JAXMODEL_CACHE", "~/.cache/jaxmodel")).expanduser()
     name = (
@@ -304,7 +306,7 @@ def _rows(shards: data.Shards, options: Train, source: str) -> data.Rows:
 
 @contextlib.contextmanager
 def _in_turn() -> Iterator[None]:
-    """The first process goes ahead and writes; the others come after it and find what it wrote."""
+    """Let the first process go ahead and write, and the others find what it wrote."""
     if jax.process_count() == 1:
         yield
         return

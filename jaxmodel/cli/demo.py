@@ -78,9 +78,7 @@ def run(options: Demo, folder: report.Run) -> dict[str, Any]:
 
 
 def _train(options: Demo, folder: report.Run) -> dict[str, Any]:
-    """Train in a process of its own (eight devices would slow this one down), then make the result
-    smaller here.
-    """
+    """Train in a separate process, as eight devices slow one down, and compress the result."""
     out = folder.path("gpt/bundle")
     answer = folder.path("gpt/train.json")
     command = [
@@ -133,7 +131,7 @@ TRAIN_COLUMNS = (
 
 
 def show(result: dict[str, Any], console: Any) -> None:
-    """The table, the continuations and the training, for people."""
+    """Print the table, the continuations and the training."""
     from rich.text import Text
 
     text = f"{result['text']['name']} ({result['text']['origin']})"
@@ -158,7 +156,7 @@ def show(result: dict[str, Any], console: Any) -> None:
 
 
 def _explained(result: dict[str, Any]) -> str:
-    """What the f32 of the table is, and what its speeds are of."""
+    """Say what the f32 of the table is, and on which processor the speeds were measured."""
     kind = result["model"]["decoded_from"]
     origin = (
         f"f32 is decoded from {kind}, in which the file has the weights; int4 rounds a second "

@@ -1,5 +1,6 @@
-"""The run folder of a verb: a new one, or the one of a run that goes on; with several processes one
-for all.
+"""The run folder of a verb: a new one, or that of a run that goes on.
+
+Several processes share one.
 """
 
 from __future__ import annotations
@@ -45,9 +46,7 @@ def of_run(name: str, options: Common, resumed: str | None) -> report.Run:
 
 @contextlib.contextmanager
 def dropped_on_failure(folder: report.Run, resumed: str | None) -> Iterator[report.Run]:
-    """The folder, which goes again when the work inside fails before it has left anything but what
-    was asked for.
-    """
+    """Give the folder, and remove it if the work fails before it has left any result."""
     try:
         yield folder
     except (InputError, OSError, KeyboardInterrupt):

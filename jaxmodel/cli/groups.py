@@ -1,6 +1,4 @@
-"""Which kind each option of `jaxmodel train` is of: the boxes of the help, and the sections of a
-config file.
-"""
+"""The groups of options of `jaxmodel train`: boxes of the help, and sections of a config file."""
 
 from __future__ import annotations
 

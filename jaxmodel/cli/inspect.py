@@ -40,7 +40,7 @@ def models(options: Models, folder: Any) -> list[dict[str, Any]]:
 
 
 MOST_BYTES = 2**28
-"""Of a file that is predicted of."""
+"""The largest file to classify."""
 COUNTS = Path(__file__).with_name("parameters.json")
 """Parameters of the sizes, since tracing the initialisation of all takes ten seconds. A size that
 is not there, or whose config has changed, is counted on the spot; a test counts all, and
@@ -79,7 +79,7 @@ def _digest(size: tuple[Any, Any]) -> str:
 
 
 def show_models(result: list[dict[str, Any]], console: Any) -> None:
-    """A line for each size."""
+    """Print a line for each size."""
     from jaxmodel import report
     from jaxmodel.report.table import count, size
 
@@ -155,7 +155,7 @@ def _named(name: str) -> tuple[Any, Any, Any]:
 
 
 def show_summary(result: dict[str, Any], console: Any) -> None:
-    """A line for each leaf, the layers of a segment together; the sums below."""
+    """Print a line for each leaf, with the layers of a segment together, and the sums."""
     from jaxmodel import report
     from jaxmodel.models.contents import columns
     from jaxmodel.report.table import size
@@ -189,7 +189,9 @@ def predict(options: Predict, folder: Any) -> dict[str, Any]:
     contents = [
         read_bytes(name, MOST_BYTES) for name in options.input
     ]  # what cannot be read is known before the model is loaded
-    bundle = generation.for_inference(hub.from_pretrained(options.model, dtype=options.dtype))
+    bundle = generation.for_inference(
+        hub.from_pretrained(options.model, dtype=options.dtype, adapters=options.adapter)
+    )
     labels = bundle.labels
     if not labels:
         raise InputError(
@@ -241,9 +243,7 @@ def predict(options: Predict, folder: Any) -> dict[str, Any]:
 def _texts(
     bundle: Any, names: tuple[str, ...], contents: list[bytes]
 ) -> tuple[dict[str, Any], list[bool]]:
-    """Tokens and mask, padded on the right to the longest; and which texts were cut to the model's
-    context.
-    """
+    """Return tokens and mask, padded on the right, and which texts were cut to the context."""
     import numpy as np
 
     from jaxmodel import hub
@@ -274,8 +274,9 @@ def _texts(
 def _images(
     bundle: Any, names: tuple[str, ...], contents: list[bytes]
 ) -> tuple[dict[str, Any], list[bool]]:
-    """Pixels as the bundle's image processor makes them, of which a model of one channel gets grey
-    ones; no image is cut.
+    """Return the pixels that the image processor makes; no image is cut.
+
+    A model of one channel gets grey images.
     """
     import io
 
@@ -308,7 +309,7 @@ def _images(
 
 
 def show_predict(result: dict[str, Any], console: Any) -> None:
-    """A line for each file: its label, and what else it might be."""
+    """Print a line for each file: its label, and the next likely ones."""
     from jaxmodel import report
     from jaxmodel.report.table import number, percent
 

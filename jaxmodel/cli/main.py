@@ -1,5 +1,6 @@
-"""The entry point: read the options, run the verb, keep its results, turn errors of a person into
-one line.
+"""The entry point: read the options, run the verb, keep its results.
+
+Errors of the user become one line.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import tyro
 
 from jaxmodel.cli import config_file
 from jaxmodel.cli.options import VERBS, Completion, Launch, Rerun, Resume, Train, check
+from jaxmodel.cli.paths import with_standard_input
 from jaxmodel.cli.words import checked, grouped, launched, parted
 from jaxmodel.errors import InputError, printable
 from jaxmodel.report.json_out import check_target, clean_stdout, emit
@@ -37,9 +39,10 @@ JAXMODEL_CACHE a folder for tokenised texts."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run one verb; exits with 0, with 2 on bad input or a state that could not be saved, with 1
-    where a rerun differs, with 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the
-    output.
+    """Run one verb and exit.
+
+    The exit code is 0; 1 if a rerun differs; 2 for bad input or a state that could not be saved;
+    130 after Ctrl-C, 143 after SIGTERM, and 141 if nobody reads the output.
     """
     if "JAX_PLATFORMS" not in os.environ and not any(
         map(glob.glob, ("/dev/accel*", "/dev/nvidia*", "/dev/vfio/*", "/dev/kfd", "/dev/dxg"))
@@ -82,7 +85,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a verb as Ctrl-C does."""
+    """The exception for SIGTERM, which ends a verb as Ctrl-C does."""
 
 
 @contextlib.contextmanager
@@ -107,9 +110,10 @@ def _terminable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undropped() -> Iterator[None]:
-    """Give Ctrl-C and SIGTERM once more where Python drops what they raise, which it does in
-    callbacks of the collector of garbage (JAX has one) and in `__del__`; the work would go on as if
-    nothing had been said.
+    """Repeat Ctrl-C and SIGTERM if Python drops the exception that they raise.
+
+    It does so in callbacks of the garbage collector (JAX has one) and in `__del__`, and the work
+    would go on as if nothing had happened.
     """
     before = sys.unraisablehook
     waiting = []
@@ -151,6 +155,7 @@ def read(args: Sequence[str]) -> Any:
             raise InputError(
                 f"launch: {options.command[0]!r} given; allowed: train or resume, with its options"
             )
+        inner = config_file.expanded(inner)  # once, as it may be standard input
         read(inner)  # prints its help, and refuses what is wrong
         return dataclasses.replace(options, command=tuple(inner))
     if isinstance(options, Completion):
@@ -164,7 +169,11 @@ def read(args: Sequence[str]) -> Any:
 
 
 def _parsed(words: Sequence[str]) -> Any:
-    kinds: list[Any] = [Annotated[cls, tyro.conf.subcommand(name)] for name, cls in VERBS.items()]
+    kinds: list[Any] = []
+    for name, cls in VERBS.items():  # in the list of verbs only the first sentence of each
+        first = " ".join((cls.__doc__ or "").partition("\n\n")[0].split())
+        about = None if words[:1] == [name] else first
+        kinds.append(Annotated[cls, tyro.conf.subcommand(name, description=about)])
     union = kinds[0]
     for kind in kinds[1:]:
         union = union | kind
@@ -195,6 +204,7 @@ def run(options: Any) -> tuple[Any, int]:
     from jaxmodel.cli import rerun
 
     check(options)
+    options = with_standard_input(options)
     if isinstance(options, Launch):
         return _launch(options, read(options.command))
     check_target(options.json)
@@ -272,7 +282,7 @@ def _rerun(options: Rerun, folder: Any) -> dict[str, Any]:
 
 
 def _one_line(box: str) -> str:
-    """tyro's message without its frame: what is wrong, and the options that were perhaps meant."""
+    """Return a message of tyro in one line: what is wrong, and the options perhaps meant."""
     box = re.sub(r"\x1b\[[0-9;]*m", "", box)  # colours, where standard output is a terminal
     parts: list[list[str]] = [[]]
     for line in (line.strip(" │") for line in box.splitlines()):

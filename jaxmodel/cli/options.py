@@ -17,11 +17,12 @@ from jaxmodel.cli.train_options import Launch, Replay, Resume, Train
 from jaxmodel.errors import InputError, within
 
 _RECIPE = (
-    "Recipe of the compression. A name: int8 (weights, and activations as they are computed), int8-weight "
-    "(weights only), int4 (groups of 64 weights), sparse50-int8 (half of the weights zero). Or a "
-    "chain of methods for the layers, such as 'magnitude(0.5) | rtn(bits=4, group=32)'. Or a .yaml "
-    "or .json file with the keys base (one of the above), rules (pattern: chain), compute and "
-    "name. Or the folder of a compressed bundle, to do the same again."
+    "Recipe of the compression. A name: int8 (weights, and activations as they are computed), "
+    "int8-weight (weights only), int4 (groups of 64 weights), sparse50-int8 (half of the weights "
+    "zero). Or a chain of methods for the layers, such as 'magnitude(0.5) | rtn(bits=4, group=32)'."
+    " Or a .yaml or .json file ('-' for YAML on standard input) with the keys base (one of the "
+    "above), rules (pattern: chain), compute and name. Or the folder of a "
+    "compressed bundle, to do the same again."
 )
 _MODEL = arg(metavar="MODEL", help=f"The model: {SOURCE}.")
 _ADAPTERS = (
@@ -36,8 +37,8 @@ _DTYPE = arg(
 )
 _SCORED = arg(metavar="TEXT", help=f"Text to score: {TEXT}.")
 _FOLDER_HELP = (
-    "Folder of the new bundle: a new or an empty one, or that of an older bundle, which is replaced "
-    "once the new one is complete."
+    "Folder of the new bundle: a new or an empty one, or that of an older bundle, which is "
+    "replaced once the new one is complete."
 )
 _OUT = arg(metavar="FOLDER", help=_FOLDER_HELP)
 _NONE = "(default: none)"
@@ -144,7 +145,7 @@ class Generate(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compress(Common):
-    """Compress a model by a recipe and save it as a bundle, a folder that every verb takes as MODEL."""
+    """Compress a model by a recipe and save it as a bundle, which every verb takes as MODEL."""
 
     model: Annotated[Positional[str], _MODEL]
     recipe: Annotated[str, arg(metavar="RECIPE", help=_RECIPE)]
@@ -186,16 +187,12 @@ class Rerun(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Models(Common):
-    """List every architecture and size, with its parameters, the memory of its weights, and where
-    trained weights are.
-    """
+    """List every architecture and size, with its parameters, memory and trained weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary(Common):
-    """Show what a model consists of: its parameters by path, with shapes, bytes, and how a mesh
-    would shard them.
-    """
+    """Show the parameters of a model by path, with shapes, bytes, and their sharding on a mesh."""
 
     name: Annotated[
         Positional[str],
@@ -224,6 +221,7 @@ class Predict(Common):
     top: int = 5
     batch: int = 8
     dtype: Annotated[Literal["float32", "bfloat16"] | None, _DTYPE] = None
+    adapter: Annotated[tuple[str, ...], UseAppendAction, _ADAPTER] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,8 +229,8 @@ class Completion(Common):
     """Print the script that lets a shell complete the verbs and options of jaxmodel.
 
     For bash, add `source <(jaxmodel completion bash)` to ~/.bashrc. For zsh, add `source <(jaxmodel
-    completion zsh)` to ~/.zshrc, below compinit. For fish, run `jaxmodel completion fish
-    > ~/.config/fish/completions/jaxmodel.fish`.
+    completion zsh)` to ~/.zshrc, below compinit. For fish, save the output of `jaxmodel completion
+    fish` as ~/.config/fish/completions/jaxmodel.fish.
     """
 
     shell: Annotated[

@@ -1,6 +1,4 @@
-"""What `jaxmodel train` refuses by its options alone, before a text, a model or a device is looked
-at.
-"""
+"""What `jaxmodel train` refuses by its options alone, before it reads a text or a model."""
 
 from __future__ import annotations
 
@@ -19,8 +17,7 @@ _OF_NEW = ("vocab", "width", "depth", "heads")
 
 
 def check(options: Train) -> None:
-    """Refuse options that no run could be made of, those that do nothing without another, and
-    packages that are not there.
+    """Refuse options that no run could be made of or that do nothing, and missing packages.
 
     Raises:
       InputError: says which option it is.
@@ -140,7 +137,7 @@ def config(options: Train) -> Any:
 
 
 def lora(options: Train) -> Any:
-    """Rules of the adapters: of every matrix of the layers, or of those that are named.
+    """Return the rules of the adapters: for every matrix of the layers, or for those named.
 
     Raises:
       InputError: a setting that is not known, or adapters without a model to begin with.

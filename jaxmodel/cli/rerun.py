@@ -217,7 +217,7 @@ def compare(folder: str, result: dict[str, Any], room: report.Run) -> dict[str, 
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every plain value by its path, but for those that depend on the clock."""
+    """Yield every plain value with its path, except those that depend on the clock."""
     if isinstance(value, dict):
         for key, child in value.items():
             if key == "history":
@@ -232,7 +232,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def show(result: dict[str, Any], console: Any) -> None:
-    """How many values are the same, and those that are not."""
+    """Print how many values are the same, and those that are not."""
     console.print(
         f"{result['verb']}: {result['compared'] - len(result['differ'])} of {result['compared']} "
         f"values are the same"
@@ -244,7 +244,7 @@ def show(result: dict[str, Any], console: Any) -> None:
 
 
 def code(result: dict[str, Any]) -> int:
-    """1 where a value differs."""
+    """Return 1 if a value differs."""
     return int(bool(result["differ"]))
 
 

@@ -1,6 +1,4 @@
-"""What options come to: whole configs and digests for a run's config.json, and the windows of a
-text.
-"""
+"""What options resolve to: configs and digests for config.json, and the windows of a text."""
 
 from __future__ import annotations
 
@@ -13,14 +11,14 @@ from jaxmodel.errors import InputError
 
 
 def of_model(model: models.Model) -> dict[str, Any]:
-    """Family, config and policy."""
+    """Return the family, the config and the policy of a model."""
     config = dataclasses.asdict(model.config)
     policy = dataclasses.asdict(model.policy)
     return {"family": model.family, "config": config, "policy": policy}
 
 
 def of_text(text: Text) -> dict[str, Any]:
-    """Everything about a text but the text."""
+    """Return everything about a text but the text."""
     return {"name": text.name, "origin": text.origin, "sha256": text.sha256}
 
 
@@ -39,7 +37,12 @@ def windows(
     does.
 
     Args:
+      text: the text.
+      tokenizer: the tokenizer of the model.
+      length: the number of tokens of a window.
       options: those that give the text and the length, for the error: `--data, --window`.
+      stride: tokens between the starts of two windows; None for the length.
+      limit: the largest number of windows; None for all.
 
     Raises:
       InputError: the text is shorter than one window.

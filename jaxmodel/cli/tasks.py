@@ -26,7 +26,7 @@ MASK = "<mask>"
 
 
 def images(source: str) -> bool:
-    """Say whether a source is a folder with images in a sub-folder for each class."""
+    """Return whether a source is a folder with images in a sub-folder for each class."""
     from jaxmodel.hub.decode import ENDINGS
 
     if not os.path.isdir(source):
@@ -209,9 +209,7 @@ def learnt(texts: Any, options: Train, task: str) -> Any:
 
 
 def image_folders(options: Train, config: Any, processor: Any, names: Sequence[str]) -> Any:
-    """Return the training and the held-out images; of a single folder each tenth of its images is
-    held out.
-    """
+    """Return the training and the held-out images; None for the latter without --heldout."""
     from jaxmodel import data
 
     if len(options.data) != 1:
@@ -231,8 +229,7 @@ def image_folders(options: Train, config: Any, processor: Any, names: Sequence[s
 
 
 def trainable(patterns: Sequence[str], params: Any) -> Any:
-    """Return the rules of `--trainable`: leaves whose path matches a pattern train, the others do
-    not.
+    """Return the rules of `--trainable`, by which leaves that match a pattern train.
 
     Raises:
       InputError: a pattern that is no regular expression or matches no leaf.

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
-from jaxmodel.cli.common import NAMES, TEXT, Common, defaults
+from jaxmodel.cli.common import NAMES, Common, defaults
 from jaxmodel.errors import FROM_ZERO
 from jaxmodel.train.options import RANGES, TrainOptions
 
@@ -48,8 +48,9 @@ class Train(Common, TrainOptions):
         summary` lists the paths.
       lora: Freeze the weights of --init and train low-rank adapters (LoRA) of this rank beside
         them. Give a number, or settings such as 'r=8,alpha=16,dropout=0.05,targets=q|v'; the
-        default targets are all matrices of the layers but those of experts. Only the adapters are
-        saved, in PEFT's format, for --adapter of the other verbs.
+        default targets are all matrices of the layers but those of experts. Only the adapters
+        (and the head of a classifier, which trains too) are saved, in PEFT's format, for --adapter
+        of the other verbs.
       learning_rate: Peak of the learning-rate schedule.
       eval_every: Updates between two evaluations on the held-out data; 0 for four evaluations
         during the run.
@@ -60,7 +61,6 @@ class Train(Common, TrainOptions):
       checkpoints: Folder of the checkpoints, or a URL such as gs://... or s3://.... If a run with
         the same options left checkpoints there, this run continues from the last one, for example
         on a restarted machine with an empty disk.
-      data: The texts to train on, or '-' for standard input.
       weights: Proportions in which several texts are mixed.
       heldout: Held-out text, or rows, to evaluate on; the same formats as --data.
       field: Field or column that holds the text, in files of records or tables.
@@ -90,8 +90,9 @@ class Train(Common, TrainOptions):
         is stuck; 0 for never.
       notices: URL to poll for notices of maintenance; when one appears, the run saves a checkpoint
         and stops.
-      config: Read options from a YAML or TOML file with the sections model, data, optim, train and
-        run; options on the command line override it. Each run writes such a file to its folder.
+      config: Read options from a YAML or TOML file (or '-' for YAML on standard input) with the
+        sections model, data, optim, train and run; options on the command line override it. Each
+        run writes such a file to its folder.
       print_config: Print all options as such a file and exit.
       profile: Write an XProf trace of three steps to the run folder.
       tensorboard: Also log for TensorBoard. For MLflow, set the environment variable
@@ -155,9 +156,10 @@ class Train(Common, TrainOptions):
         tuple[str, ...],
         arg(
             metavar="TEXT [TEXT ...]",
-            help=f"Data to train on. Texts: {TEXT}; .jsonl, .ndjson, .json, .csv, .tsv, .parquet "
-            "or .arrayrecord (see --field), a folder saved by `datasets`, 'hf:NAME', a pattern "
-            "with *, or a URL such as gs://... or s3://.... Records with 'messages' (a chat) or "
+            help=f"Data to train on. Texts: a UTF-8 file, or one of {', '.join(NAMES)}; .jsonl, "
+            ".ndjson, .json, .csv, .tsv, .parquet or .arrayrecord (see --field), a folder saved by "
+            "`datasets`, 'hf:NAME', a pattern with *, or a URL such as gs://... or s3://.... "
+            "Records with 'messages' (a chat) or "
             "with 'prompt' and 'completion': only the answers count in the loss. Records with "
             "'text' and 'label': classes. Records with two texts: pairs. A folder of images with "
             "a sub-folder for each class.",
@@ -260,7 +262,11 @@ class Launch:
 
     command: Annotated[
         Positional[tuple[str, ...]],
-        arg(metavar="COMMAND", help="`train` or `resume`, with its options."),
+        arg(
+            metavar="COMMAND",
+            help="`train` or `resume`, with its options.",
+            help_behavior_hint="(required)",
+        ),
     ]
     processes: int
     devices_per_process: int = 1
@@ -360,8 +366,9 @@ class Resume(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Replay(Common):
-    """Compute one step of a run of `train` again, from the last checkpoint before it, and compare
-    it with what the run recorded.
+    """Compute one step of a run of `train` again and compare it with what the run recorded.
+
+    The computation starts from the last checkpoint before that step.
 
     Attributes:
       step: Number of the step; 1 for the first.

@@ -1,5 +1,6 @@
-"""`jaxmodel train`, `resume` and `replay`: a run is a pure function of its config, so a folder is
-all that these need.
+"""`jaxmodel train`, `resume` and `replay`.
+
+A run is a pure function of its config, so a run folder is all that these need.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +120,7 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
             if job.lora is None:
                 bundle.save_pretrained(out)
             else:
-                hub.save_adapters(bundle, out, base=options.init)
+                hub.save_adapters(bundle, out, base=options.init, also=job.head)
         if jax.process_count() == 1 and job.writes:
             room = options.context - len(job.corpus.tokenizer.encode(job.prompt))
             result["sample"] = job.prompt + generate(
@@ -132,7 +134,7 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], console: Any) -> None:
-    """What came out, in two lines."""
+    """Print the result in two lines."""
     if result["stopped"]:
         how, there = (
             ("stopped", "the last good checkpoint")
@@ -163,16 +165,14 @@ def show(result: dict[str, Any], console: Any) -> None:
 
 
 def code(result: dict[str, Any]) -> int:
-    """0, but what was wrong with the last checkpoint is raised, now that everything else is kept."""
+    """Return 0; raise what was wrong with the last checkpoint, now that all else is kept."""
     if result["problem"]:
         raise InputError(result["problem"])
     return 0
 
 
 def replay(options: Replay, folder: Any) -> dict[str, Any]:
-    """Compute one step of a run again, from the last checkpoint before it, and compare with what
-    the run wrote down.
-    """
+    """Compute one step of a run again and compare it with what the run recorded."""
     from jaxmodel import checkpoint, distributed, report
     from jaxmodel.cli import rerun
 
@@ -216,7 +216,7 @@ def replay(options: Replay, folder: Any) -> dict[str, Any]:
 
 
 def show_replay(result: dict[str, Any], console: Any) -> None:
-    """The step beside what was written down."""
+    """Print the step beside what was recorded."""
     console.print(
         f"step {result['step']} (batch {result['data_step']}), computed again from step "
         f"{result['from']}: "
@@ -233,8 +233,12 @@ def show_replay(result: dict[str, Any], console: Any) -> None:
 
 
 def _same_batch(row: dict[str, Any], written: dict[str, Any], later: list[int]) -> None:
-    """Refuse a step that the run made of another batch, because it went back to before it; `later`
-    are checkpoints behind.
+    """Refuse a step that the run made of another batch, because it went back to before it.
+
+    Args:
+      row: the step as it is computed now.
+      written: the row that the run recorded.
+      later: the steps of later checkpoints.
     """
     step = row["step"]
     batch = row["data_step"]
@@ -252,18 +256,19 @@ def _same_batch(row: dict[str, Any], written: dict[str, Any], later: list[int]) 
 
 
 class _Job:
-    """What the options of a run come to."""
+    """What the options of a run resolve to."""
 
     def __init__(self, options: Train, folder: Any):
         import jax
 
-        from jaxmodel import adapt, tree
+        from jaxmodel import adapt, axes, tree
         from jaxmodel.cli import corpus, refusals, resolved, tasks
         from jaxmodel.hub.bundle import check_target
         from jaxmodel.ops import MESH_AXES
         from jaxmodel.train.placing import check_rows
 
         self.lora = refusals.lora(options)
+        self.head: str | None = None  # leaves of a head that trains beside adapters
         if jax.process_index() == 0:
             kept = "config.json" if self.lora is None else "adapter_config.json"
             check_target(options.out or folder.path("bundle"), kept)
@@ -294,11 +299,8 @@ class _Job:
             self.base = {"model": options.init, "weights": tree.fingerprint(begun.params)}
             if task != "classify":
                 model, self.params = tasks.with_head(model, self.params, task, key)
-            if self.lora is not None:
-                model, self.params = adapt.lora(model, self.params, self.lora, key)
-                self.settings = dataclasses.replace(self.settings, trainable=adapt.ADAPTERS)
-                if jax.process_index() == 0 and "targets" not in (options.lora or ""):
-                    _say_without(model, self.params)
+                if self.lora is not None:
+                    model = self._with_adapters(options, model, ())
         self.task = task
         if task == "language":
             _rehearse(options, model, self.params, self.settings.trainable)
@@ -319,6 +321,8 @@ class _Job:
         elif self.labels is not None and self.labels != tuple(_classes(begun)):
             model, self.params = adapt.replace_head(begun.model, begun.params, self.labels, key)
             model = model.with_policy(_policy(options))
+        if begun is not None and task == "classify" and self.lora is not None:
+            model = self._with_adapters(options, model, axes.heads(model.axes, self.params))
         if self.labels is not None and not hasattr(model.config, "labels"):
             self.card = {**self.card, "labels": list(self.labels)}
         if options.trainable:
@@ -344,8 +348,22 @@ class _Job:
             augment=str(self.augment) if self.augment else None,
         )
 
+    def _with_adapters(self, options: Train, model: Any, head: Collection[str]) -> Any:
+        """Return the model with adapters beside its weights, which train, and its head if any."""
+        import jax
+
+        from jaxmodel import adapt
+
+        model, self.params = adapt.lora(model, self.params, self.lora, jax.random.key(options.seed))
+        self.head = "|".join(map(re.escape, sorted(head))) or None
+        rules = (*((path, True) for path in [self.head] if path), *adapt.ADAPTERS)
+        self.settings = dataclasses.replace(self.settings, trainable=rules)
+        if jax.process_index() == 0 and "targets" not in (options.lora or ""):
+            _say_without(model, self.params)
+        return model
+
     def checkpoints(self, run: Path | None = None, **options: Any) -> Any:
-        """Of this run, or of another one."""
+        """Return the checkpoints of this run, or of another one."""
         from jaxmodel import checkpoint, report
 
         place = self.place or (run or self.shared) / CHECKPOINTS
@@ -485,11 +503,6 @@ def _check_begun(options: Train, kind: str | None, model: Any) -> str:
         raise InputError(
             f"--context: {options.context} given; allowed: at most the {most} of {options.init!r}"
         )
-    if options.lora is not None and task == "classify":
-        raise InputError(
-            "--lora: given for rows with labels, whose new head would not be among the adapters; "
-            "allowed: without"
-        )
     if options.lora is not None:
         refusals.targets(options, model)
     return task
@@ -499,9 +512,7 @@ MATRICES = ("matrix", "experts", "router")
 
 
 def _say_without(model: Any, params: Any) -> None:
-    """Name the matrices of the layers that got no adapter, such as those of experts, which are
-    several in one leaf.
-    """
+    """Print the matrices of the layers that got no adapter, such as those of experts."""
     from jaxmodel import axes, tree
     from jaxmodel.adapt.adapters import is_adapter
 
@@ -523,8 +534,9 @@ def _say_without(model: Any, params: Any) -> None:
 
 
 def _unsaved(checkpoints: Any) -> str | None:
-    """Wait for the last checkpoint; what is wrong with it, which of several processes the first
-    gets to know.
+    """Wait for the last checkpoint and return what is wrong with it.
+
+    Of several processes the first gets to know it.
     """
     import jax
     import numpy as np

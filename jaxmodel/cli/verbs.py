@@ -253,9 +253,7 @@ def _recipe(options: Compress) -> Any:
 
 
 def _exception(rule: str) -> tuple[str, str]:
-    """Pattern and chain: parted at the first sign of equality before which a whole regular
-    expression stands.
-    """
+    """Return pattern and chain, split at the first `=` that follows a regular expression."""
     for sign in re.finditer("=", rule):
         with contextlib.suppress(re.error):
             re.compile(rule[: sign.start()])

@@ -1,5 +1,6 @@
-"""The words of a command line before anything reads them, and its help: unknown options by name,
-options in groups.
+"""The words of a command line before tyro reads them, and its help afterwards.
+
+Unknown options are refused by name, and the help shows options in groups.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tyro.conf import Positional, UseAppendAction
 from jaxmodel import moved
 from jaxmodel.cli.groups import BOX_OF, BOXES
 from jaxmodel.cli.options import VERBS, Generate, Launch, Predict, Train
+from jaxmodel.cli.paths import at_home
 from jaxmodel.cli.train_options import CHANGEABLE
 from jaxmodel.errors import InputError, nearest, unknown
 
@@ -35,27 +37,26 @@ _MEANT = {
     "p": "prompt",
     "o": "out",
 }
-"""What other programs call an option."""
+"""Names of options in other programs."""
 _BOX_OF_OTHERS = {name: title for name, title in BOX_OF.items() if title != "training options"}
-"""Only `train` and `resume` have a box of training options: a seed is of something else elsewhere."""
+"""Only `train` and `resume` have training options; elsewhere a seed is for something else."""
 _BEHIND = {Generate: "prompt", Predict: "input"}
-"""What the words behind the model are the values of, where no option says so."""
+"""Options whose values may also be given behind the model, without a name."""
 
 
 class _Kind(NamedTuple):
-    """What an option takes: how many words (0: a switch, 2: any number), and of which types."""
+    """What an option takes: how many words (0 for a switch, 2 for any number) of which types."""
 
     words: int
     types: tuple[Any, ...]
     placed: bool
-    """Whether it is given by its place instead."""
+    """Whether it is given by its place, without a name."""
     label: str | None
     """How a message calls one that must be given; None where there is a default."""
 
 
 def checked(args: Sequence[str]) -> list[str]:
-    """The words as tyro takes them: first the verb and what is given by its place, then options
-    with their values.
+    """Return the words as tyro takes them: verb, positional arguments, options with values.
 
     A whole number may be written as any number that is one (`1e3`), texts of an option that takes
     several be given one by one, what `generate` and `predict` read stand behind the model, and
@@ -135,12 +136,17 @@ def checked(args: Sequence[str]) -> list[str]:
             raise InputError(
                 f"--{name}: no value given; `jaxmodel {verb} --help` says what it takes"
             )
-        values = [_value(f"--{name}", one, kind.types) for one in values]
+        values = [at_home(name, _value(f"--{name}", one, kind.types)) for one in values]
         if kind.words == 1:
             made.append(f"--{name}={values[0]}")
         else:
             several[name] = [*(several.get(name, []) if str in kind.types else []), *values]
-    room = sum(kind.placed for kind in known.values())
+    places = [name for name, kind in known.items() if kind.placed]
+    room = len(places)
+    placed = [
+        at_home(places[i] if i < room else _BEHIND.get(VERBS[verb], ""), value)
+        for i, value in enumerate(placed)
+    ]
     if extra := placed[room:]:
         name = _BEHIND.get(VERBS[verb], "")
         if not name or name in several or any(word.startswith(f"--{name}=") for word in made):

@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 
 from jaxmodel import schema, tree
 from jaxmodel.adapt.adapters import is_adapter, split_adapters, with_adapters
+from jaxmodel.adapt.finetune import replace_head
 from jaxmodel.axes import role_of
 from jaxmodel.errors import InputError, border, nearest
 from jaxmodel.hub import schemas
@@ -152,6 +153,7 @@ def add_adapters[B: Any](
     tree.check(bundle.params)
     file = folder / FILE
     config = _config(folder)
+    bundle = _with_labels(bundle, file)
     layout = _Layout(bundle.model)
     if not isinstance(weight, int | float) or not 0 < abs(weight) < float("inf"):
         raise InputError(f"weight: {weight!r} given; allowed: a number that is not 0")
@@ -253,7 +255,10 @@ def write(bundle: Any, folder: Path, base: str | None = None, also: str | None =
     arrays = {key: np.ascontiguousarray(a) for key, a in tensors.items()} | {
         STEM + tensor: a for tensor, a in saved.items()
     }
-    save_file(arrays, folder / FILE, metadata={"format": "pt", "jaxmodel": json.dumps(parts)})
+    metadata = {"format": "pt", "jaxmodel": json.dumps(parts)}
+    if saved and bundle.labels:
+        metadata["labels"] = json.dumps(bundle.labels)
+    save_file(arrays, folder / FILE, metadata=metadata)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -446,6 +451,24 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
             module: {part: (int(a), int(b)) for part, (a, b) in parts.items()}
             for module, parts in json.loads(text).items()
         }
+
+
+def _with_labels[B: Any](bundle: B, file: Path) -> B:
+    """Return the bundle with a head for the classes that adapters of a classifier were trained for.
+
+    The file holds the head that takes its place.
+    """
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            labels = json.loads((opened.metadata() or {}).get("labels", "[]"))
+    except (OSError, SafetensorError, ValueError):
+        return bundle  # `_read` says what is wrong with it
+    if not labels or not isinstance(labels, list) or tuple(map(str, labels)) == bundle.labels:
+        return bundle
+    names = tuple(map(str, labels))
+    model, params = replace_head(bundle.model, bundle.params, names, jax.random.key(0))
+    card = bundle.card if hasattr(model.config, "labels") else {**bundle.card, "labels": names}
+    return dataclasses.replace(bundle, model=model, params=params, card=card)
 
 
 class _Layout:

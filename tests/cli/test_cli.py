@@ -414,7 +414,7 @@ def options_of_help(text):
             title = box[1]
             name = ""
         words = line.strip("│ ")
-        if new := re.match(r"(?:-h, )?--([\w-]+)", words):
+        if title and (new := re.match(r"(?:-h, )?--([\w-]+)", words)):
             name = new[1]
         if name and words and not re.search("[╰─-]{9}", words):
             said = re.sub(

@@ -64,6 +64,32 @@ def test_an_encoder_learns_hidden_tokens_and_then_classes_and_vectors(room, caps
     assert 0 < result["loss"] < 4
 
 
+def test_adapters_of_a_classifier_go_with_its_head(room, capsys):
+    """In PEFT's layout; and the base, which has a head of another kind, takes both."""
+    texts = ["--data", room / "a.txt", "--heldout", room / "a.txt", "--vocab", 260]
+    train(room, capsys, "--model", "bert/tiny", *texts, "--out", room / "start")
+    more = ["--lora", "4", "--learning-rate", 0.02, "--steps", 40, "--out", room / "small"]
+    train(room, capsys, "--init", room / "start", "--data", room / "labels.jsonl", *more)
+    assert {path.name for path in (room / "small").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    config = json.loads((room / "small" / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS" and "classifier" in config["modules_to_save"]
+    base = tree.flatten(hub.from_pretrained(room / "start").params)
+    made = hub.from_pretrained(room / "start", adapters=room / "small")
+    assert made.labels == ("even", "odd")
+    leaves = tree.flatten(made.params)
+    assert all(np.array_equal(leaves[path], leaf) for path, leaf in base.items() if path in leaves)
+    assert any(np.any(leaves[path]) for path in leaves if path.endswith("_lora/up"))
+    for i in (3, 8):
+        (room / f"{i}.txt").write_text(f"{i} is here")
+    files = ["--input", room / "3.txt", room / "8.txt", "--runs", room / "runs"]
+    code, said, err = run(capsys, "predict", room / "start", "--adapter", room / "small", *files)
+    assert code == 0 and [row["label"] in ("even", "odd") for row in said["rows"]] == [True] * 2
+    assert said["classes"] == 2, err
+
+
 def test_an_encoder_with_a_decoder_learns_pairs(room, capsys):
     data = ["--data", room / "pairs.jsonl", "--out", room / "writes"]
     result = train(room, capsys, "--model", "t5/tiny", "--vocab", 260, *data)
