@@ -132,7 +132,10 @@ BAD = [
         ["train", "--watchdog", "-1"],
         "--watchdog: -1.0 given; allowed: a finite number of at least 0",
     ),
-    (["launch", "--processes", "2", "--regrow", "nan", "train"], "--regrow: nan given; allowed: a finite number of at least 0"),
+    (
+        ["launch", "--processes", "2", "--regrow", "nan", "train"],
+        "--regrow: nan given; allowed: a finite number of at least 0",
+    ),
     (
         ["train", "--notices", "file:///etc/hostname"],
         "--notices: 'file:///etc/hostname' given; allowed: a URL that begins with",

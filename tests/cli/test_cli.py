@@ -429,7 +429,8 @@ def test_every_option_stands_in_one_box_and_its_help_stands_alone(capsys, verb, 
     monkeypatch.setenv("COLUMNS", "100")
     found = options_of_help(call(capsys, verb, "--help").out)
     fields = {field.name.replace("_", "-") for field in dataclasses.fields(VERBS[verb])}
-    positional = {"model", "folder", "name", "command", "shell"} if verb not in ("demo", "train") else set()
+    placed = {"model", "folder", "name", "command", "shell"}
+    positional = placed if verb not in ("demo", "train") else set()
     found.pop("help")
     assert fields - positional <= set(found)
     for name, (title, said) in found.items():

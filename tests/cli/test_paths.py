@@ -1,4 +1,4 @@
-"""Files that options name: `~`, spaces, and `-` for standard input, of every verb that reads one."""
+"""Files that options name: `~`, spaces, and `-` for standard input, in every verb that reads."""
 
 from __future__ import annotations
 
