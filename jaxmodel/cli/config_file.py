@@ -73,6 +73,7 @@ def read(path: str) -> dict[str, Any]:
     record = _parsed(path)
     fields = {field.name for field in dataclasses.fields(Train)} - set(_NOT_IN_FILE)
     options = dict[str, Any]()
+    how = dict[str, Any]()
     for title, inside in record.items():
         if title not in SECTIONS:
             option = moved.OPTIONS.get(str(title), title)
@@ -82,6 +83,9 @@ def read(path: str) -> dict[str, Any]:
             raise InputError(f"{path}: {title}: allowed: options with their values")
         for key, value in moved.current(inside or {}, moved.OPTIONS).items():
             key = str(key).replace("-", "_")
+            if key in moved.LAUNCH and title == "run":  # as `train` wrote it once
+                how[key] = value
+                continue
             if key not in fields:
                 close = nearest(key, fields, 1)
                 hint = f"nearest {section(close[0])}.{close[0]}" if close else "see train --help"
@@ -95,7 +99,7 @@ def read(path: str) -> dict[str, Any]:
         checked(["train", *_words(options)])
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return options
+    return options if how.get("processes", 1) == 1 else {**how, **options}
 
 
 def dumped(options: Train, places: bool = True) -> str:

@@ -265,11 +265,12 @@ def _do(
 
 
 def _prepare_rerun(options: Rerun) -> None:
-    from jaxmodel.cli import rerun, verbs
+    from jaxmodel.cli import launching, rerun, verbs
 
-    if rerun.launched(options.folder) is None:  # else `_launch` prepares
-        again = rerun.options_of(options.folder)
-        verbs.find(rerun.name_of(again)).prepare(again)
+    again = rerun.options_of(options.folder)
+    if (how := rerun.launched(options.folder)) is not None:
+        return launching.prepare(how, launching.with_mesh(how, again))
+    verbs.find(rerun.name_of(again)).prepare(again)
 
 
 def _rerun(options: Rerun, folder: Any) -> dict[str, Any]:

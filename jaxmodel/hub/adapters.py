@@ -153,11 +153,11 @@ def add_adapters[B: Any](
     tree.check(bundle.params)
     file = folder / FILE
     config = _config(folder)
-    bundle = _with_labels(bundle, file)
-    layout = _Layout(bundle.model)
     if not isinstance(weight, int | float) or not 0 < abs(weight) < float("inf"):
         raise InputError(f"weight: {weight!r} given; allowed: a number that is not 0")
     arrays, ours = _read(file)
+    bundle = _with_labels(bundle, file)
+    layout = _Layout(bundle.model)
     found: dict[str, dict[str, np.ndarray]] = {}
     whole: dict[str, np.ndarray] = {}
     for key, array in arrays.items():

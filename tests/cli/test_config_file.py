@@ -92,6 +92,16 @@ def test_what_is_wrong_in_a_file_is_one_line(tmp_path, text, says):
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
+def test_a_file_with_processes_starts_these(tmp_path):
+    """As `train` had them among its options once."""
+    path = tmp_path / "old.yaml"
+    path.write_text("run: {processes: 2, elastic: true}\ntrain: {steps: 3}")
+    made = read(["train", "--config", str(path)])
+    assert (made.processes, made.elastic, made.command) == (2, True, ("train", "--steps=3"))
+    path.write_text("run: {processes: 1, devices_per_process: 1, elastic: false}")
+    assert read(["train", "--config", str(path)]) == Train()
+
+
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("steps = 3")
     with pytest.raises(InputError, match=r"allowed: a \.yaml, \.yml or \.toml file"):
