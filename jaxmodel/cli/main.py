@@ -268,7 +268,8 @@ def _prepare_rerun(options: Rerun) -> None:
     from jaxmodel.cli import launching, rerun, verbs
 
     again = rerun.options_of(options.folder)
-    if (how := rerun.launched(options.folder)) is not None:
+    how = rerun.launched(options.folder)
+    if how is not None and isinstance(again, Train):
         return launching.prepare(how, launching.with_mesh(how, again))
     verbs.find(rerun.name_of(again)).prepare(again)
 

@@ -421,7 +421,7 @@ def _texts_of(cls: type) -> dict[str, str]:
 
 CHANGEABLE = tuple(field.name for field in dataclasses.fields(Resume))[3:]
 """The options of a run of `train` that may change when it goes on."""
-Resume.LEAST = {name: r for name, r in (RANGES | Train.LEAST).items() if name in CHANGEABLE}
+Resume.LEAST = {name: r for name, r in {**RANGES, **Train.LEAST}.items() if name in CHANGEABLE}
 if Resume.__doc__:  # None under python -OO; what an option means is written down once
     _told = _texts_of(TrainOptions) | _texts_of(Train) | _texts_of(Resume)
     _about = Resume.__doc__.partition("Attributes:\n")[0]

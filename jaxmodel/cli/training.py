@@ -322,6 +322,7 @@ class _Job:
             model, self.params = adapt.replace_head(begun.model, begun.params, self.labels, key)
             model = model.with_policy(_policy(options))
         if begun is not None and task == "classify" and self.lora is not None:
+            assert self.params is not None
             model = self._with_adapters(options, model, axes.heads(model.axes, self.params))
         if self.labels is not None and not hasattr(model.config, "labels"):
             self.card = {**self.card, "labels": list(self.labels)}
@@ -354,6 +355,7 @@ class _Job:
 
         from jaxmodel import adapt
 
+        assert self.params is not None
         model, self.params = adapt.lora(model, self.params, self.lora, jax.random.key(options.seed))
         self.head = "|".join(map(re.escape, sorted(head))) or None
         rules = (*((path, True) for path in [self.head] if path), *adapt.ADAPTERS)

@@ -458,14 +458,12 @@ def _with_labels[B: Any](bundle: B, file: Path) -> B:
 
     The file holds the head that takes its place.
     """
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            labels = json.loads((opened.metadata() or {}).get("labels", "[]"))
-    except (OSError, SafetensorError, ValueError):
-        return bundle  # `_read` says what is wrong with it
-    if not labels or not isinstance(labels, list) or tuple(map(str, labels)) == bundle.labels:
+    with open_files(str(file), [file]) as opened:
+        text = opened.metadata.get("labels", "[]")
+    with border(f"{file}: its labels cannot be read"):
+        names = tuple(map(str, list(json.loads(text))))
+    if not names or names == bundle.labels:
         return bundle
-    names = tuple(map(str, labels))
     model, params = replace_head(bundle.model, bundle.params, names, jax.random.key(0))
     card = bundle.card if hasattr(model.config, "labels") else {**bundle.card, "labels": names}
     return dataclasses.replace(bundle, model=model, params=params, card=card)

@@ -8,7 +8,6 @@ import re
 import shutil
 from pathlib import Path
 
-import jax
 import pytest
 import yaml
 
@@ -88,6 +87,7 @@ def test_on_a_mesh_of_eight_devices_the_losses_are_the_same(tmp_path, devices8):
     assert (written["mesh"], written["devices"]) == ("fsdp=4,tensor=2", 8)
 
 
+@pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache entry")
 def test_all_that_may_change_changes_at_once_and_is_kept(trained, tmp_path, capsys):
     place = copy(trained, tmp_path / "run", upto=6)
     places = ["--heldout", tmp_path / "b.txt", "--out", tmp_path / "out"]
@@ -95,12 +95,7 @@ def test_all_that_may_change_changes_at_once_and_is_kept(trained, tmp_path, caps
     words = ["resume", str(place), *CHANGED.split(), *map(str, places)]
     options = read(words)
     assert options.given.keys() == set(CHANGEABLE) - NEEDS_A_PIPELINE
-    keeps = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)  # XLA cannot store this program
-    try:
-        code, result, said = run(capsys, *words)
-    finally:
-        jax.config.update("jax_enable_compilation_cache", keeps)
+    code, result, said = run(capsys, *words)
     assert code == 0 and result["steps"] == 8 and result["out"] == str(tmp_path / "out"), said
     kept = rerun.trained_by(str(place))
     assert {name: getattr(kept, name) for name in options.given} == options.given
