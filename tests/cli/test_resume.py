@@ -26,11 +26,11 @@ CHANGED = (
     "--stable-fraction 0.7 --step-size 2 --gamma 0.2 --weight-decay 0.2 --max-grad-norm 2 --b2 0.9 "
     "--gradient-accumulation-steps 2 --ema-decay 0.8 --batch 4 --augment token_dropout(0) "
     "--eval-every 1 --eval-batches 1 --patience 7 --dtype bfloat16 --activation-dtype bfloat16 "
-    "--remat full --unroll 2 --mesh data=1 --devices 1 --on-bad-step stop --spike 9 --save-every 4 "
+    "--remat full --unroll 2 --devices 1 --on-bad-step stop --spike 9 --save-every 4 "
     "--save-seconds 60 --watchdog 300 --notices http://localhost:1/ --log-every 2 --profile "
     "--tensorboard --sample 2"
 )
-NEEDS_A_PIPELINE = {"microbatches", "pipeline"}
+ELSEWHERE = {"microbatches", "pipeline", "mesh"}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_all_that_may_change_changes_at_once_and_is_kept(trained, tmp_path, caps
     (tmp_path / "b.txt").write_text(TEXT * 2)
     words = ["resume", str(place), *CHANGED.split(), *map(str, places)]
     options = read(words)
-    assert options.given.keys() == set(CHANGEABLE) - NEEDS_A_PIPELINE
+    assert options.given.keys() == set(CHANGEABLE) - ELSEWHERE
     code, result, said = run(capsys, *words)
     assert code == 0 and result["steps"] == 8 and result["out"] == str(tmp_path / "out"), said
     kept = rerun.trained_by(str(place))

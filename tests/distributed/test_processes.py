@@ -203,7 +203,7 @@ def test_an_elastic_run_loses_a_process_and_gets_it_back(tmp_path):
     text = (tmp_path / "said").read_text()
     assert (
         "rank 1 of 2 ended by SIGKILL: going on with 1" in text
-        and "back to 2 processes: the 1 save and stop" in text
+        and "returning to 2 processes: the present 1 save and stop" in text
     )
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["steps"] == 400 and found["processes"] == 2
