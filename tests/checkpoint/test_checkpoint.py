@@ -213,7 +213,7 @@ def test_another_config_is_refused_with_the_fields_that_differ(tmp_path, state):
         tmp_path, identity={"model": {"width": 32, "depth": 3}, "seed": 0}
     ) as checkpoints:
         checkpoints.save(state)
-    said = r"of another config: model.width was 32, is 64; seed was 0, is 1"
+    said = r"with another config: model.width was 32, is 64; seed was 0, is 1"
     identity = {"model": {"width": 64, "depth": 3}, "seed": 1}
     with (
         checkpoint.Checkpoints(tmp_path, identity=identity) as checkpoints,

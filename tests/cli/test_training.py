@@ -294,7 +294,7 @@ def test_a_run_of_another_config_is_refused(trained, folder, capsys):
     config = json.loads((changed / "config.json").read_text())
     (changed / "config.json").write_text(json.dumps({**config, "b2": 0.5}))
     code, _, err = run(capsys, "resume", changed, "--runs", folder / "runs")
-    assert code == 2 and "of another config: train.b2 was 0.95, is 0.5" in err
+    assert code == 2 and "train.b2 was 0.95, is 0.5; to" in err
 
 
 def test_an_ended_run_goes_on_with_more_steps_and_another_rate(trained, folder, capsys):
@@ -311,7 +311,7 @@ def test_an_ended_run_goes_on_with_more_steps_and_another_rate(trained, folder, 
     ]
     assert again["history"][13]["learning_rate"] < again["history"][12]["learning_rate"] < 0.001
     code, ended, said = run(capsys, "resume", longer)  # as it is now
-    assert code == 0 and "has ended" in said and ended["fingerprint"] == again["fingerprint"]
+    assert code == 0 and "the run is complete" in said and ended["fingerprint"] == again["fingerprint"]
     before = (longer / "config.json").read_bytes()
     code, _, err = run(capsys, "resume", longer, "--batch", 7)  # the run has 2 micro-batches
     assert (longer / "config.json").read_bytes() == before  # as if it had not been tried
