@@ -311,7 +311,8 @@ def test_an_ended_run_goes_on_with_more_steps_and_another_rate(trained, folder, 
     ]
     assert again["history"][13]["learning_rate"] < again["history"][12]["learning_rate"] < 0.001
     code, ended, said = run(capsys, "resume", longer)  # as it is now
-    assert code == 0 and "the run is complete" in said and ended["fingerprint"] == again["fingerprint"]
+    assert code == 0 and "the run is complete" in said
+    assert ended["fingerprint"] == again["fingerprint"]
     before = (longer / "config.json").read_bytes()
     code, _, err = run(capsys, "resume", longer, "--batch", 7)  # the run has 2 micro-batches
     assert (longer / "config.json").read_bytes() == before  # as if it had not been tried
