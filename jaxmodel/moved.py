@@ -6,7 +6,7 @@ import functools
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 _MOVED = {
@@ -17,7 +17,7 @@ _MOVED = {
     "distributed": {"distributed": "Ledger=GoodputRecorder Supervisor=RunMonitor"},
     "compress": {
         "compress.apply": "COLUMNS",
-        "compress.method": "text_of",
+        "text_form": "text_of=write",
         "compress.recipe_file": "SUFFIXES",
         "compress.recipes": "NAMED=RECIPES named=get_recipe",
         "compress.variants": "VERSIONS",
@@ -229,6 +229,22 @@ def keywords[F: Callable[..., Any]](**now: str) -> Callable[[F], F]:
 def _read(old: str, new: str, value: Any) -> Any:
     _say(f"{type(value).__name__}.{old} is {new} now", 4)
     return getattr(value, new)
+
+
+def spelling(what: str, name: str, known: Iterable[str]) -> str:
+    """Return the name that a name without its underscores, as texts had it, has now.
+
+    >>> with warnings.catch_warnings(record=True) as said:
+    ...     warnings.simplefilter("always")
+    ...     print(spelling("bound", "maxnorm", ["max_norm"]), said[0].message)
+    max_norm bound: maxnorm is max_norm now
+    """
+    known = set(known)
+    now = next((one for one in known - {name} if one.replace("_", "") == name), None)
+    if now is None or name in known:
+        return name
+    _say(f"{what}: {name} is {now} now", 3)
+    return now
 
 
 def _say(line: str, level: int) -> None:

@@ -30,13 +30,16 @@ _LONE = re.compile(rb"\\u[dD][89a-fA-F]")  # perhaps a half of a pair of surroga
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The allowed range of a number: `least` to `most`, both included, and more than `above`."""
+    """The allowed range of a number: `least` to `most`, above `above` and below `below`."""
 
     least: int | float = -math.inf
     most: int | float = math.inf
     above: int | float = -math.inf
+    below: int | float = math.inf
 
     def __str__(self) -> str:
+        if self.below < math.inf:
+            return f"of at least {self.least:.12g} and below {self.below:.12g}"
         if self.above > -math.inf:
             return f"above {self.above:.12g}"
         if self.most < math.inf:
@@ -44,13 +47,14 @@ class Range:
         return f"of at least {self.least:.12g}"
 
     def __contains__(self, value: Any) -> bool:
-        return self.least <= value <= self.most and value > self.above
+        return self.least <= value <= self.most and self.above < value < self.below
 
 
 type Count = Annotated[int, Range(1, 2**31 - 1)]
 """A number of items, at least 1."""
 type Index = Annotated[int, Range(0, 2**31 - 1)]
 """An index, or a count that may be zero."""
+type FromZero = Annotated[float, Range(0)]
 type Positive = Annotated[float, Range(above=0)]
 type Share = Annotated[float, Range(0, 1)]
 

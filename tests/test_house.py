@@ -25,12 +25,12 @@ FLOORS = [
         "brief",
         "moved",
         "limits",
-        "text_form",
         "files",
         "progress",
         "child",
         "child_reader",
         "schema",
+        "text_form",
     ),
     *(
         "tree",

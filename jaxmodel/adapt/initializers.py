@@ -16,37 +16,29 @@ True
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxmodel import tree
-from jaxmodel.errors import InputError, one_of, unknown
+from jaxmodel.errors import InputError
 from jaxmodel.models.model import Model
-
-DISTRIBUTIONS = ("normal", "truncated", "uniform")
+from jaxmodel.schema import FromZero, Positive
+from jaxmodel.text_form import Member, members, name_of, read_one
 
 
 @dataclasses.dataclass(frozen=True)
-class Initializer:
+class Initializer(Member, kind="initializer", example="normal(0.02)"):
     """Base of the initialisers: `(key, shape, dtype) -> array`, for shapes `[..., out, in]`.
 
     They are called like those of `jax.nn.initializers`. To add one, write a subclass; its class
-    name in lower case is its text form.
+    name in snake case is its text form.
     """
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if str(field.type).startswith("float") and not isinstance(value, float | int | None):
-                # as for any argument of a wrong type
-                raise TypeError(f"{field.name} is {value!r}; allowed: a number")
 
     def __call__(
         self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
@@ -61,7 +53,11 @@ class Initializer:
 
 @dataclasses.dataclass(frozen=True)
 class Constant(Initializer):
-    """An initialiser that sets every weight to `value`."""
+    """An initialiser that sets every weight to `value`.
+
+    Attributes:
+      value: the weights.
+    """
 
     value: float
 
@@ -96,7 +92,12 @@ class Ones(Initializer):
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Initializer):
-    """The uniform distribution `U[low, high)`; `low` is `-high` unless it is given."""
+    """The uniform distribution `U[low, high)`.
+
+    Attributes:
+      high: the end of the range.
+      low: its start; None for `-high`.
+    """
 
     high: float = 0.01
     low: float | None = None
@@ -104,9 +105,7 @@ class Uniform(Initializer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (-self.high if self.low is None else self.low) < self.high:
-            raise InputError(
-                f"uniform: high {self.high}, low {self.low} given; allowed: a low below the high"
-            )
+            self.refuse("low", f"a low below the high, which is {self.high}")
 
     def __call__(
         self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
@@ -118,13 +117,13 @@ class Uniform(Initializer):
 
 @dataclasses.dataclass(frozen=True)
 class Normal(Initializer):
-    """The normal distribution `N(0, std^2)`."""
+    """The normal distribution `N(0, std^2)`.
 
-    std: float = 0.02
+    Attributes:
+      std: the standard deviation.
+    """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least_zero("normal", "std", self.std)
+    std: FromZero = 0.02
 
     def __call__(
         self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
@@ -135,16 +134,15 @@ class Normal(Initializer):
 
 @dataclasses.dataclass(frozen=True)
 class Truncated(Initializer):
-    """A normal distribution cut at `cut` deviations, widened so that its deviation is `std`."""
+    """A normal distribution cut at `cut` deviations, widened so that its deviation is `std`.
 
-    std: float = 0.02
-    cut: float = 2.0
+    Attributes:
+      std: the standard deviation after the cut.
+      cut: standard deviations, before the cut, beyond which nothing is drawn.
+    """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least_zero("truncated", "std", self.std)
-        if not self.cut > 0:
-            raise InputError(f"truncated: cut is {self.cut}; allowed: above 0")
+    std: FromZero = 0.02
+    cut: Positive = 2.0
 
     def __call__(
         self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
@@ -162,17 +160,12 @@ class _Scaled(Initializer):
     """A distribution of mean 0 whose variance follows from the shape.
 
     Attributes:
-      distribution: one of `DISTRIBUTIONS`.
+      distribution: the shape of the distribution.
       gain: factor of the standard deviation.
     """
 
-    distribution: str = "normal"
-    gain: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of(f"{_name(type(self))}: distribution", self.distribution, DISTRIBUTIONS)
-        _at_least_zero(_name(type(self)), "gain", self.gain)
+    distribution: Literal["normal", "truncated", "uniform"] = "normal"
+    gain: FromZero = 1.0
 
     def variance(self, fan_in: int, fan_out: int) -> float:
         """Return the variance of one weight, without the gain."""
@@ -208,7 +201,7 @@ class He(_Scaled):
 
 
 @dataclasses.dataclass(frozen=True)
-class LeCun(_Scaled):
+class Lecun(_Scaled):
     """A distribution of variance `1 / fan_in` (LeCun et al., 1998)."""
 
     def variance(self, fan_in: int, fan_out: int) -> float:
@@ -221,6 +214,9 @@ class Orthogonal(Initializer):
     """`gain` times a random matrix with orthonormal rows (or columns, if they are fewer).
 
     The matrix is drawn uniformly (Saxe et al., 2014).
+
+    Attributes:
+      gain: the length of its rows, or columns.
     """
 
     gain: float = 1.0
@@ -319,59 +315,15 @@ def initializer(value: Any) -> Initializer | Callable[..., jax.Array] | None:
     >>> initializer("truncated(0.02)")
     Truncated(std=0.02, cut=2.0)
     """
-    if isinstance(value, str):
-        return _parse(value)
-    known = initializers()
-    if value is None or (callable(value) and value not in known.values()):
+    if value is None or isinstance(value, str | Initializer):
+        return read_one(Initializer, value)
+    if callable(value) and not (isinstance(value, type) and issubclass(value, Initializer)):
         return value  # pyright: ignore[reportReturnType]
-    names = ", ".join(sorted(known))
+    names = ", ".join(sorted(members(Initializer)))
     raise InputError(
         f"rules: {value!r} is not an initialiser; allowed: {names}, an instance (`He()`), a "
         "callable or None"
     )
-
-
-def initializers() -> dict[str, type[Initializer]]:
-    """Return every initialiser by the name of its text form."""
-    found: dict[str, type[Initializer]] = {}
-    waiting = [Initializer]
-    while waiting:
-        waiting += (subclasses := waiting.pop().__subclasses__())
-        found |= {_name(cls): cls for cls in subclasses if not cls.__name__.startswith("_")}
-    return found
-
-
-def _parse(text: str) -> Initializer:
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
-        raise InputError(
-            f"initializer: {text!r} cannot be read; write it as 'he' or 'normal(0.02)'"
-        ) from None
-    name = node.func if isinstance(node, ast.Call) else node
-    known = initializers()
-    if not isinstance(name, ast.Name) or name.id not in known:
-        raise unknown("initializer", ast.unparse(name), known)
-    try:
-        args = [_literal(a) for a in node.args] if isinstance(node, ast.Call) else []
-        kwargs = (
-            {str(k.arg): _literal(k.value) for k in node.keywords}
-            if isinstance(node, ast.Call)
-            else {}
-        )
-        return known[name.id](*args, **kwargs)
-    except InputError:
-        raise
-    except (TypeError, ValueError):
-        fields = ", ".join(field.name for field in dataclasses.fields(known[name.id])) or "none"
-        raise InputError(
-            f"initializer: {text!r} cannot be made; the settings of {name.id} are: {fields}"
-        ) from None
-
-
-def _literal(node: ast.expr) -> Any:
-    value = ast.literal_eval(node)
-    return float(value) if isinstance(value, int) else value  # numbers are floats in every setting
 
 
 def _draw(maker: Any, key: jax.Array, path: str, own: jax.Array, words: Any = None) -> jax.Array:
@@ -411,18 +363,9 @@ def _words(path: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
 
 
-def _name(cls: type[Initializer]) -> str:
-    return cls.__name__.lower()
-
-
 def _need_matrix(cls: type[Initializer], shape: tuple[int, ...]) -> None:
     if len(shape) < 2:
         raise InputError(
-            f"{_name(cls)}: the shape {list(shape)} has no fan-in; allowed: a leaf of two axes or "
+            f"{name_of(cls)}: the shape {list(shape)} has no fan-in; allowed: a leaf of two axes or "
             f"more"
         )
-
-
-def _at_least_zero(name: str, field: str, value: float) -> None:
-    if not value >= 0:
-        raise InputError(f"{name}: {field} is {value!r}; allowed: at least 0")

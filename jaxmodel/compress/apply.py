@@ -14,7 +14,7 @@ from jaxmodel import report, tree
 from jaxmodel.adapt.adapters import split_adapters
 from jaxmodel.axes import Axes, roles as of_roles
 from jaxmodel.brief import briefly
-from jaxmodel.compress.method import Chain, text_of
+from jaxmodel.compress.method import Chain
 from jaxmodel.compress.observe import Stats
 from jaxmodel.compress.recipe_file import to_record
 from jaxmodel.compress.recipes import ByRole, Recipe, as_recipe
@@ -26,6 +26,7 @@ from jaxmodel.leaves.leaf import check_weights
 from jaxmodel.progress import progress
 from jaxmodel.report import html, shown
 from jaxmodel.report.table import percent, size
+from jaxmodel.text_form import write
 
 
 @briefly
@@ -120,11 +121,11 @@ def apply(
         shape = tree.layer_shape(path, leaf)
         if chain and len(shape) < 2:  # stacked, it would pass for a matrix
             raise InputError(
-                f"recipe: {text_of(chain)!r} given for {path!r} of shape {list(shape)}; allowed: "
+                f"recipe: {write(chain)!r} given for {path!r} of shape {list(shape)}; allowed: "
                 "matrices"
             )
         if chain:
-            check_weights(leaf, f"recipe: {text_of(chain)!r} is given to {path!r}")
+            check_weights(leaf, f"recipe: {write(chain)!r} is given to {path!r}")
         out[path] = run_chain(chain, leaf, stats_of(path, stats, where))
         rows.append(_row(path, chain, leaf, out[path]))
     result = tree.stack(tree.unflatten(out))
@@ -166,7 +167,7 @@ def run_chain(chain: Chain, leaf: Any, stats: Any = None) -> Any:
 def _row(path: str, chain: Chain, before: Any, after: Any) -> dict[str, Any]:
     return {
         "path": path,
-        "method": text_of(chain),
+        "method": write(chain),
         "shape": list(tree.layer_shape(path, after)),
         "layers": len(tree.layer_paths(path)),
         "bytes_before": tree.nbytes(before),

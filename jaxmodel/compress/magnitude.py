@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxmodel.compress.method import Method
-from jaxmodel.errors import BELOW_ONE, InputError, within
+from jaxmodel.errors import InputError
 from jaxmodel.leaves import Compressed, Sparse
 from jaxmodel.leaves.leaf import check_weights
+from jaxmodel.schema import Count, Range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,24 +31,14 @@ class Magnitude(Method):
         are then ignored.
     """
 
-    fraction: float = 0.5
-    scope: str = "row"
-    pattern: tuple[int, int] | None = None
+    fraction: Annotated[float, Range(0, below=1)] = 0.5
+    scope: Literal["row", "leaf"] = "row"
+    pattern: tuple[Count, Count] | None = None
 
     def __post_init__(self) -> None:
-        within("magnitude: fraction", self.fraction, BELOW_ONE)
-        if self.scope not in ("row", "leaf"):
-            raise InputError(f"magnitude: scope is {self.scope!r}; allowed: 'row', 'leaf'")
-        pattern = self.pattern
-        whole = (
-            isinstance(pattern, tuple)
-            and len(pattern) == 2
-            and all(isinstance(n, int) for n in pattern)
-        )
-        if pattern is not None and not (whole and 0 < pattern[0] < pattern[1]):
-            raise InputError(
-                f"magnitude: pattern is {self.pattern!r}; allowed: (N, M) with 0 < N < M"
-            )
+        super().__post_init__()
+        if self.pattern is not None and not self.pattern[0] < self.pattern[1]:
+            self.refuse("pattern", "(N, M) with 0 < N < M")
 
     def __call__(self, leaf: Any, stats: dict[str, Any] | None = None) -> Any:
         """Prune a leaf; see `Method`."""

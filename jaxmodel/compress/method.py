@@ -9,19 +9,17 @@ A chain is a tuple of methods, applied in order. The command line takes it as te
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
 from typing import Any
 
-from jaxmodel.text_form import read_chain, write
+from jaxmodel import text_form
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(text_form.Member, kind="method", example="magnitude(0.5) | rtn(bits=8)"):
     """Base of the methods: a frozen dataclass of settings with one function.
 
-    To add a method, write a subclass in a file of this folder. The command line, the recipes and
-    the contract tests find it by its class name in lower case.
+    To add a method, write a subclass in a file of this folder, and import it in `__init__.py`. The
+    command line, the recipes and the contract tests find it by its class name in snake case.
     """
 
     def __call__(self, leaf: Any, stats: dict[str, Any] | None = None) -> Any:
@@ -44,27 +42,15 @@ type Chain = tuple[Method, ...]
 
 def methods() -> dict[str, type[Method]]:
     """Return every method by the name of its text form."""
-    package = __name__.rsplit(".", 1)[0]
-    for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        importlib.import_module(f"{package}.{info.name}")
-    return {cls.__name__.lower(): cls for cls in Method.__subclasses__()}
+    return text_form.members(Method)
 
 
 def parse(text: str) -> Chain:
     """Parse the text form of a chain: methods joined by `|`, each a call with literal arguments.
 
-    Empty text is the empty chain.
+    Empty text is the empty chain. `text_form.write` is the inverse.
 
     Raises:
       InputError: text of another form, an unknown method, or arguments that it does not take.
     """
-    return read_chain("method", text, methods(), "magnitude(0.5) | rtn(bits=8)")
-
-
-def text_of(chain: Chain) -> str:
-    """Write a chain as text; settings with default values are omitted, except the first.
-
-    >>> text_of(parse("magnitude(0.5) | rtn(bits=8)"))
-    'magnitude(fraction=0.5) | rtn(bits=8)'
-    """
-    return " | ".join(write(type(method).__name__.lower(), method) for method in chain)
+    return text_form.read(Method, text)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodel import schema, tree
-from jaxmodel.compress.method import text_of
 from jaxmodel.compress.recipes import RECIPES, ByRole, Recipe, get_recipe
 from jaxmodel.errors import InputError
 from jaxmodel.files import read_bytes
+from jaxmodel.text_form import write
 
 SUFFIXES = (".yaml", ".yml", ".json")
 MOST_BYTES = 2**16
@@ -122,7 +122,7 @@ def to_record(recipe: Recipe) -> dict[str, Any]:
     rules: dict[str, str] = {}
     for pattern, chain in own:
         said = f"?{pattern}" if isinstance(pattern, tree.optional) else str(pattern)
-        rules.setdefault(said, text_of(chain))
+        rules.setdefault(said, write(chain))
     record: dict[str, Any] = {"base": base.name} if base is not None else {}
     if rules:
         record["rules"] = rules
@@ -135,7 +135,7 @@ def to_record(recipe: Recipe) -> dict[str, Any]:
 
 def _bases(recipe: Recipe) -> list[Recipe]:
     last = recipe.rules[-1][1] if recipe.rules else None
-    own = [get_recipe(text_of(last.matrices))] if isinstance(last, ByRole) and last.matrices else []
+    own = [get_recipe(write(last.matrices))] if isinstance(last, ByRole) and last.matrices else []
     return [*RECIPES.values(), *own]
 
 

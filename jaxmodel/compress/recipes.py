@@ -9,11 +9,12 @@ from typing import Any
 from jaxmodel import ops, tree
 from jaxmodel.brief import briefly
 from jaxmodel.compress.magnitude import Magnitude
-from jaxmodel.compress.method import Chain, Method, parse, text_of
+from jaxmodel.compress.method import Chain, Method, parse
 from jaxmodel.compress.rtn import Rtn
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.models import Model
 from jaxmodel.models.foreign import Foreign
+from jaxmodel.text_form import write
 
 _CHAIN = "a tuple of methods, or text such as 'magnitude(0.5) | rtn(bits=8)'"
 _RULES = "a Recipe, or a list of pairs (pattern, chain); compress.get_recipe finds one by its name"
@@ -85,9 +86,9 @@ class Recipe:
             [str(pattern), text]
             for pattern, chain in self.rules
             for text in (
-                [f"tables: {text_of(chain.tables)}", text_of(chain.matrices)]
+                [f"tables: {write(chain.tables)}", write(chain.matrices)]
                 if isinstance(chain, ByRole)
-                else [text_of(chain)]
+                else [write(chain)]
             )
         ]
 
@@ -118,7 +119,7 @@ def _rule(rule: Any) -> tuple[str, Chain | ByRole]:
     if isinstance(value, ByRole):
         return pattern, value
     if isinstance(value, Method):
-        raise InputError(f"{at} gives the method {text_of((value,))} alone; allowed: {_CHAIN}")
+        raise InputError(f"{at} gives the method {write((value,))} alone; allowed: {_CHAIN}")
     if not isinstance(value, list | tuple):
         raise InputError(f"{at} gives {value!r}, which is not a chain; allowed: {_CHAIN}")
     for method in value:

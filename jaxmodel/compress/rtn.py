@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxmodel.compress.method import Method
-from jaxmodel.errors import InputError, at_least
+from jaxmodel.errors import InputError
 from jaxmodel.leaves import Compressed, QTensor, Sparse
 from jaxmodel.leaves.leaf import check_weights
 from jaxmodel.leaves.packing import codes_per_unit
+from jaxmodel.schema import Count, Range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,29 +35,17 @@ class Rtn(Method):
       scale_dtype: None for float32 with one scale per row and float16 with groups.
     """
 
-    bits: int = 8
-    group: int | None = None
+    bits: Annotated[int, Range(1, 8)] = 8
+    group: Count | None = None
     symmetric: bool = True
-    activations: str | None = None
-    scale_dtype: str | None = None
+    activations: Literal["int8"] | None = None
+    scale_dtype: Literal["float32", "float16", "bfloat16"] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or self.bits not in range(1, 9):
-            raise InputError(f"rtn: bits is {self.bits!r}; allowed: 1 to 8")
-        at_least("rtn: group", 1 if self.group is None else self.group)
-        if self.group is not None and self.group % codes_per_unit(self.bits):
-            unit = codes_per_unit(self.bits)
-            raise InputError(
-                f"rtn: group is {self.group}; at {self.bits} bits a multiple of {unit} fills "
-                f"whole bytes"
-            )
-        if self.scale_dtype not in (None, "float32", "float16", "bfloat16"):
-            raise InputError(
-                f"rtn: scale_dtype is {self.scale_dtype!r}; allowed: None, float32, float16, "
-                f"bfloat16"
-            )
-        if self.activations not in (None, "int8"):
-            raise InputError(f"rtn: activations is {self.activations!r}; allowed: None, 'int8'")
+        super().__post_init__()
+        unit = codes_per_unit(self.bits)
+        if self.group is not None and self.group % unit:
+            self.refuse("group", f"at {self.bits} bits a multiple of {unit}, which fills bytes")
 
     def __call__(self, leaf: Any, stats: dict[str, Any] | None = None) -> Any:
         """Quantise a leaf; see `Method`."""

@@ -24,24 +24,21 @@ from jaxmodel.errors import InputError
 from jaxmodel.leaves import Compressed
 from jaxmodel.losses.contract import Loss
 from jaxmodel.models import Model
-from jaxmodel.text_form import read_chain
+from jaxmodel.schema import FromZero
+from jaxmodel.text_form import Member, read_one
 
 
 @dataclasses.dataclass(frozen=True)
-class Penalty:
-    """Base class of the penalties: a frozen dataclass of settings (at least 0) and one function.
+class Penalty(Member, kind="penalty", example="l2(1e-4)"):
+    """Base class of the penalties: a frozen dataclass of settings and one function.
 
-    To add a penalty, write a subclass. Its text form is the class name in lower case, called with
+    To add a penalty, write a subclass. Its text form is the class name in snake case, called with
     its settings.
-    """
 
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if not isinstance(value, int | float) or not value >= 0:
-                raise InputError(
-                    f"{type(self).__name__.lower()}: {name} is {value!r}; allowed: a number of at "
-                    f"least 0"
-                )
+    Attributes:
+      l1: the factor of `sum |w|`.
+      l2: the factor of `sum w^2`.
+    """
 
     def __call__(self, w: Float[Array, "..."]) -> Float[Array, ""]:
         """Return the cost of a weight, given in float32."""
@@ -52,7 +49,7 @@ class Penalty:
 class L1(Penalty):
     """The penalty `l1 sum |w|`, which makes weights zero (Tibshirani, 1996)."""
 
-    l1: int | float
+    l1: FromZero
 
     def __call__(self, w: Float[Array, "..."]) -> Float[Array, ""]:
         """Return `l1 sum |w|`."""
@@ -66,7 +63,7 @@ class L2(Penalty):
     Its gradient is `2 l2 w`.
     """
 
-    l2: int | float
+    l2: FromZero
 
     def __call__(self, w: Float[Array, "..."]) -> Float[Array, ""]:
         """Return `l2 sum w^2`."""
@@ -77,8 +74,8 @@ class L2(Penalty):
 class Elastic(Penalty):
     """The elastic net `l1 sum |w| + l2 sum w^2` (Zou & Hastie, 2005)."""
 
-    l1: int | float
-    l2: int | float
+    l1: FromZero
+    l2: FromZero
 
     def __call__(self, w: Float[Array, "..."]) -> Float[Array, ""]:
         """Return `l1 sum |w| + l2 sum w^2`."""
@@ -98,7 +95,7 @@ def regularized(loss: Loss, rules: tree.Rules) -> Loss:
     Raises:
       InputError: when called, a text is not a penalty, or the leaf is compressed or of integers.
     """
-    values = [(pattern, parsed(value, Penalty)) for pattern, value in rules]
+    values = [(pattern, read_one(Penalty, value)) for pattern, value in rules]
 
     @functools.wraps(loss)  # so that a step sees which keyword arguments the loss takes
     def penalised(
@@ -126,7 +123,9 @@ def penalties(rules: tree.Rules, params: tree.Params) -> Float[Array, ""]:
     >>> float(penalties([("w", "l2(0.5)"), ("v", "l1(2)")], params))
     8.5
     """
-    by_layer = tree.assign([(pattern, parsed(value, Penalty)) for pattern, value in rules], params)
+    by_layer = tree.assign(
+        [(pattern, read_one(Penalty, value)) for pattern, value in rules], params
+    )
     total = jnp.float32(0)
     for path, leaf in tree.flatten(params).items():
         found = [by_layer[layer] for layer in tree.layer_paths(path)]
@@ -138,32 +137,6 @@ def penalties(rules: tree.Rules, params: tree.Params) -> Float[Array, ""]:
         else:
             total = sum((penalty(w[i]) for i, penalty in enumerate(found) if penalty), start=total)
     return total
-
-
-# ------------------------------------------------------------------------------------ the text form
-
-
-def parsed[T](value: Any, base: type[T]) -> T | None:
-    """Return a rule's value as a member of `base`, or None for None, `()` and `""`.
-
-    >>> parsed("elastic(1e-4, l2=0.1)", Penalty)
-    Elastic(l1=0.0001, l2=0.1)
-
-    Raises:
-      InputError: the value is neither a member nor its text, or a setting is not allowed.
-    """
-    if value is None or value == () or isinstance(value, base):
-        return value or None
-    argument = base.__name__.lower()
-    if not isinstance(value, str):
-        raise InputError(
-            f"{argument}: {value!r} given; allowed: {', '.join(_members(base))} as a text or an "
-            f"object, or None"
-        )
-    found = read_chain(argument, value, _members(base), " or ".join(_forms(base)))
-    if len(found) > 1:
-        raise InputError(f"{argument}: {value!r} given; allowed: one of {', '.join(_forms(base))}")
-    return found[0] if found else None
 
 
 def plain(path: str, leaf: Any) -> Array:
@@ -179,14 +152,3 @@ def plain(path: str, leaf: Any) -> Array:
             f"for the others"
         )
     return leaf
-
-
-def _members[T](base: type[T]) -> dict[str, type[T]]:
-    return {cls.__name__.lower(): cls for cls in base.__subclasses__()}
-
-
-def _forms(base: Any) -> list[str]:
-    return [
-        f"{name}({', '.join(f.name for f in dataclasses.fields(cls))})"
-        for name, cls in _members(base).items()
-    ]

@@ -12,50 +12,53 @@ from jaxtyping import Array, Float
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError
-from jaxmodel.losses.penalties import parsed, plain
+from jaxmodel.losses.penalties import plain
+from jaxmodel.schema import FromZero, Positive
+from jaxmodel.text_form import Member, read_one
 
 
 @dataclasses.dataclass(frozen=True)
-class Bound:
+class Bound(Member, kind="bound", example="max_norm(3)"):
     """Base class of the bounds: a frozen dataclass with the range of a row's norm.
 
     See `bounds`.
+
+    Attributes:
+      low: the least norm.
+      high: the largest norm.
     """
 
     def bounds(self) -> tuple[float, float]:
         """Return the least and the largest norm."""
         raise NotImplementedError
 
-    def __post_init__(self) -> None:
-        low, high = self.bounds()
-        if not 0 <= low <= high or high == 0:
-            name = type(self).__name__.lower()
-            raise InputError(
-                f"{name}: norms from {low!r} to {high!r} given; allowed: 0 <= low <= high, 0 < high"
-            )
-
 
 @dataclasses.dataclass(frozen=True)
 class MaxNorm(Bound):
     """Rows with a norm of at most `high` (Srebro et al., 2005)."""
 
-    high: int | float
+    high: Positive
 
     def bounds(self) -> tuple[float, float]:
         """Return 0 and `high`."""
-        return 0.0, float(self.high)
+        return 0.0, self.high
 
 
 @dataclasses.dataclass(frozen=True)
 class MaxMinNorm(Bound):
     """Rows with a norm from `low` to `high`; a row of zeros, which has no direction, stays."""
 
-    low: int | float
-    high: int | float
+    low: FromZero
+    high: Positive
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low > self.high:
+            self.refuse("low", f"at most high, which is {self.high!r}")
 
     def bounds(self) -> tuple[float, float]:
         """Return `low` and `high`."""
-        return float(self.low), float(self.high)
+        return self.low, self.high
 
 
 def project(rules: tree.Rules) -> optax.GradientTransformation:
@@ -66,21 +69,21 @@ def project(rules: tree.Rules) -> optax.GradientTransformation:
     update bit for bit.
 
     Args:
-      rules: path -> `Bound`, its text ("maxnorm(3)", "maxminnorm(0.5, 2)"), or None, for the leaves
+      rules: path -> `Bound`, its text ("max_norm(3)", "max_min_norm(0.5, 2)"), or None, for the leaves
         that train. Layers of a segment may differ.
 
     Raises:
       InputError: a text is not a bound; when used, a bound is given for a compressed leaf, or there
         are no params.
 
-    >>> optimizer = optax.chain(optax.sgd(1.0), project([("w", "maxnorm(5)"), (".*", None)]))
+    >>> optimizer = optax.chain(optax.sgd(1.0), project([("w", "max_norm(5)"), (".*", None)]))
     >>> params = {"w": jnp.array([[1.0, 0.0]]), "b": jnp.zeros(1)}
     >>> grads = {"w": jnp.array([[-5.0, -8.0]]), "b": jnp.ones(1)}
     >>> updates, _ = optimizer.update(grads, optimizer.init(params), params)
     >>> optax.apply_updates(params, updates)["w"].tolist()  # (6, 8) has a norm of 10
     [[3.0, 4.0]]
     """
-    values = [(pattern, parsed(value, Bound)) for pattern, value in rules]
+    values = [(pattern, read_one(Bound, value)) for pattern, value in rules]
 
     def init(params: Any) -> optax.EmptyState:
         tree.assign(values, params)  # refuses wrong rules at once

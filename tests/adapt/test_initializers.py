@@ -14,7 +14,7 @@ import pytest
 from jax.nn import initializers as theirs
 from scipy import stats
 
-from jaxmodel import tree
+from jaxmodel import text_form, tree
 from jaxmodel.adapt import initialize, initializers
 from jaxmodel.models import Model, gpt2, llama, vit
 
@@ -267,23 +267,23 @@ def test_a_callable_gets_the_shape_of_one_layer():
             [("embed", "kaiming")],
             "initializer: 'kaiming' is not known; allowed: constant, he, lecun",
         ),
-        ([("embed", "he(")], "cannot be read; write it as 'he' or 'normal(0.02)'"),
-        ([("embed", "he(std=1)")], "the settings of he are: distribution, gain"),
-        ([("embed", "zeros(1)")], "the settings of zeros are: none"),
-        ([("embed", "normal('a')")], "the settings of normal are: std"),
-        ([("embed", "normal(-1)")], "normal: std is -1.0; allowed: at least 0"),
+        ([("embed", "he(")], "cannot be read; write it as 'normal(0.02)'"),
+        ([("embed", "he(std=1)")], "he takes the settings distribution, gain"),
+        ([("embed", "zeros(1)")], "zeros takes no settings"),
+        ([("embed", "normal('a')")], "normal: std is 'a'; allowed: a number of at least 0"),
+        ([("embed", "normal(-1)")], "normal: std is -1; allowed: a number of at least 0"),
         (
             [("embed", "he('gauss')")],
-            "he: distribution: 'gauss' is not known; allowed: normal, truncated, uniform",
+            'he: distribution is \'gauss\'; allowed: "normal", "truncated", "uniform"',
         ),
         ([("embed", "uniform(0.1, 0.2)")], "allowed: a low below the high"),
-        ([("embed", "truncated(1, cut=0)")], "truncated: cut is 0.0; allowed: above 0"),
+        ([("embed", "truncated(1, cut=0)")], "truncated: cut is 0; allowed: a number above 0"),
         ([("embed", 3)], "rules: 3 is not an initialiser; allowed: constant"),
         (
             [("embed", initializers.He)],
             "initializers.He'> is not an initialiser; allowed: constant",
         ),
-        ([("embed", "orthogonal('a')")], "the settings of orthogonal are: gain"),
+        ([("embed", "orthogonal('a')")], "orthogonal: gain is 'a'; allowed: a number"),
         (
             [("blocks/0/norm/weight", "he")],
             "rules: blocks/0/norm/weight: he: the shape [32] has no fan-in; allowed: a leaf of "
@@ -313,7 +313,7 @@ def test_a_leaf_without_a_rule_is_an_error():
 
 def test_every_initialiser_has_a_text_form_that_rules_take():
     model = llama.model(dataclasses.replace(llama.SIZES["tiny"], depth=1))
-    names = initializers.initializers()
+    names = text_form.members(initializers.Initializer)
     assert {
         "zeros",
         "ones",

@@ -76,7 +76,7 @@ BAD = [
     ),
     (
         ["compress", "{tiny}", "--recipe", "rtn(bits=12)", "--out", "{new}"],
-        "bits is 12; allowed: 1 to 8",
+        "bits is 12; allowed: a whole number of 1 to 8",
     ),
     (
         ["compress", "{tiny}", "--recipe", "int8", "--rule", "emb=rtn(8)", "--out", "{new}"],

@@ -10,8 +10,8 @@ from hypothesis import given, strategies as st
 
 from jaxmodel import compress, leaves
 from jaxmodel.compress.magnitude import largest
-from jaxmodel.compress.method import text_of
 from jaxmodel.errors import InputError
+from jaxmodel.text_form import write
 
 WEIGHT = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6, 24)), jnp.float32)
 CHAINS = [
@@ -36,7 +36,7 @@ def run(text: str, weight=WEIGHT):
 
 @pytest.mark.parametrize("text", CHAINS)
 def test_text_form_round_trips(text):
-    assert text_of(compress.parse(text)) == text
+    assert write(compress.parse(text)) == text
 
 
 @pytest.mark.parametrize("text", CHAINS)
@@ -142,12 +142,12 @@ def test_zeros_survive_rounding():
     ("text", "says"),
     [
         ("rtm(4)", r"method: 'rtm' is not known; allowed: magnitude, rtn \(nearest: rtn\)"),
-        ("rtn(bits=9)", "bits is 9; allowed: 1 to 8"),
+        ("rtn(bits=9)", "bits is 9; allowed: a whole number of 1 to 8"),
         ("rtn(bit=4)", "rtn takes the settings bits, group, symmetric"),
         ("rtn(4", "cannot be read"),
-        ("rtn(group=0)", "group: 0 given"),
+        ("rtn(group=0)", "group is 0"),
         ("rtn(bits=3, group=5)", "at 3 bits a multiple of 8"),
-        ("magnitude(1.5)", "fraction: 1.5 given; allowed: at least 0 and below 1"),
+        ("magnitude(1.5)", "fraction is 1.5; allowed: a number of at least 0 and below 1"),
         ("magnitude(scope='column')", "scope is 'column'"),
         ("magnitude(pattern=(4, 2))", r"pattern is \(4, 2\)"),
         ("rtn() | magnitude()", "prune before you quantise"),

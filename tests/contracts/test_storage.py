@@ -107,7 +107,7 @@ def test_penalties_and_bounds():
     rules = [(".*/attn/q", "elastic(0.1, 0.2)"), (".*", None)]
     together, alone = (regularize.penalties(rules, p) for p in (params, apart(params)))
     np.testing.assert_allclose(together, alone, rtol=1e-5)
-    bound = optim.project([(".*/q", "maxnorm(0.5)"), (".*", None)])
+    bound = optim.project([(".*/q", "max_norm(0.5)"), (".*", None)])
     chex.assert_trees_all_close(
         apart(updates_of(bound, params)), updates_of(bound, apart(params)), rtol=1e-6, atol=1e-6
     )

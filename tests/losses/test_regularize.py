@@ -14,10 +14,11 @@ from hypothesis import given, strategies as st
 from jaxmodel import leaves, tree
 from jaxmodel.errors import InputError
 from jaxmodel.losses import classification
-from jaxmodel.losses.penalties import L1, L2, Elastic, Penalty, parsed, penalties, regularized
+from jaxmodel.losses.penalties import L1, L2, Elastic, Penalty, penalties, regularized
 from jaxmodel.models import mlp
 from jaxmodel.optim.projections import MaxMinNorm, MaxNorm, project
 from jaxmodel.optim.sam import sam
+from jaxmodel.text_form import read_one
 from jaxmodel.train.state import init_state
 from jaxmodel.train.step import make_step
 
@@ -37,10 +38,10 @@ def params():
 
 
 def test_text_forms():
-    assert parsed("l1(1e-4)", Penalty) == L1(1e-4)
-    assert parsed("elastic(1, l2=0.5)", Penalty) == Elastic(1, 0.5)
-    assert [parsed(nothing, Penalty) for nothing in (None, (), "", " ")] == [None] * 4
-    assert parsed(L2(0.1), Penalty) == L2(0.1)
+    assert read_one(Penalty, "l1(1e-4)") == L1(1e-4)
+    assert read_one(Penalty, "elastic(1, l2=0.5)") == Elastic(1, 0.5)
+    assert [read_one(Penalty, nothing) for nothing in (None, (), "", " ")] == [None] * 4
+    assert read_one(Penalty, L2(0.1)) == L2(0.1)
 
 
 @pytest.mark.parametrize(
@@ -52,8 +53,8 @@ def test_text_forms():
         ("l1(1, 2)", "penalty: 'l1(1, 2)' in 'l1(1, 2)': l1 takes the settings l1"),
         ("l1(x)", "penalty: 'l1(x)' in 'l1(x)': l1 takes the settings l1"),
         ("l2(-1)", "l2: l2 is -1; allowed: a number of at least 0"),
-        (0.1, "penalty: 0.1 given; allowed: l1, l2, elastic as a text"),
-        (MaxNorm(1), "penalty: MaxNorm(high=1) given; allowed: l1, l2, elastic"),
+        (0.1, "penalty: 0.1 given; allowed: one of l1(l1), l2(l2), elastic(l1, l2) as a text"),
+        (MaxNorm(1), "penalty: MaxNorm(high=1.0) given; allowed: one of l1(l1), l2"),
     ],
 )
 def test_what_is_no_penalty(value, message):
@@ -137,9 +138,9 @@ def test_norms_are_in_bounds_after_the_update(seed, low, more, size):
 def test_layers_of_a_segment_have_bounds_of_their_own(params):
     big = jax.tree.map(lambda a: 10 * a + 1, params)
     rules = [
-        ("blocks/0/dense", "maxnorm(1)"),
-        ("blocks/1/dense", "maxminnorm(30, 40)"),
-        ("head_bias", "maxnorm(0.5)"),
+        ("blocks/0/dense", "max_norm(1)"),
+        ("blocks/1/dense", "max_min_norm(30, 40)"),
+        ("head_bias", "max_norm(0.5)"),
     ]
     optimizer = optax.chain(optax.sgd(0.1), project([*rules, (".*", None)]))
     grads = jax.tree.map(jnp.ones_like, big)
@@ -154,7 +155,7 @@ def test_layers_of_a_segment_have_bounds_of_their_own(params):
 
 
 def test_training_keeps_the_bound(params):
-    optimizer = optax.chain(optax.adam(0.1), project([(".*_bias", None), (".*", "maxnorm(0.7)")]))
+    optimizer = optax.chain(optax.adam(0.1), project([(".*_bias", None), (".*", "max_norm(0.7)")]))
     step = jax.jit(make_step(MODEL, classification, optimizer))
     state = init_state(params, optimizer)
     for _ in range(5):
@@ -171,16 +172,19 @@ def test_training_keeps_the_bound(params):
 
 def test_a_row_of_zeros_stays():
     w = {"w": jnp.zeros((2, 3))}
-    updates, _ = project([("w", "maxminnorm(1, 2)")]).update(w, optax.EmptyState(), w)
+    updates, _ = project([("w", "max_min_norm(1, 2)")]).update(w, optax.EmptyState(), w)
     assert not np.any(np.asarray(updates["w"]))
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("maxnorm(0)", "maxnorm: norms from 0.0 to 0.0 given; allowed: 0 <= low <= high, 0 < high"),
-        ("maxminnorm(2, 1)", "maxminnorm: norms from 2.0 to 1.0 given"),
-        ("minmaxnorm(1, 2)", "bound: 'minmaxnorm' is not known; allowed: maxminnorm, maxnorm"),
+        ("max_norm(0)", "max_norm: high is 0; allowed: a number above 0"),
+        ("max_min_norm(2, 1)", "max_min_norm: low is 2.0; allowed: at most high, which is 1.0"),
+        (
+            "min_max_norm(1, 2)",
+            "bound: 'min_max_norm' is not known; allowed: max_min_norm, max_norm",
+        ),
     ],
 )
 def test_what_is_no_bound(value, message):
@@ -192,9 +196,9 @@ def test_what_is_no_bound(value, message):
 def test_a_projection_needs_params_and_rules_that_fit():
     w = {"w": jnp.ones((2, 3))}
     with pytest.raises(InputError, match="params: none given; a projection needs them"):
-        project([("w", "maxnorm(1)")]).update(w, optax.EmptyState())
+        project([("w", "max_norm(1)")]).update(w, optax.EmptyState())
     with pytest.raises(InputError, match="rules: 'v' matches no leaf"):
-        project([("v", "maxnorm(1)"), (".*", None)]).init(w)
+        project([("v", "max_norm(1)"), (".*", None)]).init(w)
 
 
 # ---------------------------------------------------------------------------------------------- SAM

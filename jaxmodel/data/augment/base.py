@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import numbers
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,73 +21,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt32
 
+from jaxmodel import text_form
 from jaxmodel.errors import InputError
-from jaxmodel.text_form import read_chain, write
+from jaxmodel.schema import Share
 
 IGNORED = -100
 """The label or target of a row or position that does not count, as in torch and transformers."""
 
 type AnyKey = Key[Array, ""] | UInt32[Array, "2"]
 type Keys = Key[Array, "B"] | UInt32[Array, "B 2"]
-type Number = float | int
 type Augment = Callable[[AnyKey, Mapping[str, Any]], dict[str, Any]]
 
 
-# ----------------------------------------------------------------------------------------- settings
-
-
-def number(low: float, high: float) -> dict[str, Any]:
-    """Return the metadata of a setting that is a number from `low` to `high`."""
-    return {"low": low, "high": high, "kind": numbers.Real}
-
-
-def whole(low: int, high: int = 2**31 - 1) -> dict[str, Any]:
-    """Return the metadata of a setting that is a whole number from `low` to `high`."""
-    return {"low": low, "high": high, "kind": numbers.Integral}
-
-
-def interval(low: float, high: float) -> dict[str, Any]:
-    """Return the metadata of a setting of two numbers from `low` to `high`, the smaller first."""
-    return {"low": low, "high": high, "kind": tuple}
-
-
 @dataclasses.dataclass(frozen=True)
-class Augmentation(abc.ABC):
+class Augmentation(
+    text_form.Member, abc.ABC, kind="augment", example="random_crop(4) | horizontal_flip()"
+):
     """Base of the augmentations: a frozen dataclass of settings with one function.
 
-    To add one, write a subclass anywhere; text finds it by its class name in snake case. The
-    metadata from `number`, `whole` and `interval` say how its settings are checked.
+    To add one, write a subclass anywhere; text finds it by its class name in snake case.
     """
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if field.metadata:
-                object.__setattr__(self, field.name, self._checked(field.name, **field.metadata))
-
-    def _checked(self, setting: str, low: Number, high: Number, kind: type) -> Any:
-        value = getattr(self, setting)
-        fits = lambda v, kind: isinstance(v, kind) and not isinstance(v, bool) and low <= v <= high
-        if kind is tuple:
-            pair = (
-                isinstance(value, tuple)
-                and len(value) == 2
-                and all(fits(v, numbers.Real) for v in value)
-            )
-            if not pair or value[0] > value[1]:
-                self._refuse(setting, f"two numbers from {low} to {high}, the smaller first")
-            return tuple(map(float, value))
-        if not fits(value, kind):
-            self._refuse(
-                setting,
-                f"{'a whole number' if kind is numbers.Integral else 'a number'} from {low} to "
-                f"{high}",
-            )
-        return int(value) if kind is numbers.Integral else float(value)
-
-    def _refuse(self, setting: str, allowed: str) -> None:
-        raise InputError(
-            f"{_name(type(self))}: {setting} is {getattr(self, setting)!r}; allowed: {allowed}"
-        )
 
     @abc.abstractmethod
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,9 +57,6 @@ class Augmentation(abc.ABC):
     def __or__(self, other: Augment) -> Chain:
         return chain(self, other)
 
-    def __str__(self) -> str:
-        return write(_name(type(self)), self)
-
 
 @dataclasses.dataclass(frozen=True)
 class ImageAugmentation(Augmentation):
@@ -118,7 +66,7 @@ class ImageAugmentation(Augmentation):
       probability: probability that a row is changed.
     """
 
-    probability: Number = dataclasses.field(default=1.0, metadata=number(0.0, 1.0), kw_only=True)
+    probability: Share = dataclasses.field(default=1.0, kw_only=True)
 
     @abc.abstractmethod
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
@@ -139,7 +87,7 @@ class ImageAugmentation(Augmentation):
 
 
 @dataclasses.dataclass(frozen=True)
-class Chain(Augmentation):
+class Chain:
     """A sequence of augmentations; link i gets `fold_in(key, i)`.
 
     Attributes:
@@ -155,12 +103,11 @@ class Chain(Augmentation):
             batch = link(jax.random.fold_in(key, i), batch)
         return dict(batch)
 
+    def __or__(self, other: Augment) -> Chain:
+        return chain(self, other)
+
     def __str__(self) -> str:
-        named = [
-            str(link) if isinstance(link, Augmentation) else getattr(link, "__name__", repr(link))
-            for link in self.links
-        ]
-        return " | ".join(named)
+        return text_form.write(self.links)
 
 
 def chain(*augmentations: Augment) -> Chain:
@@ -177,13 +124,7 @@ def chain(*augmentations: Augment) -> Chain:
 
 def members() -> dict[str, type[Augmentation]]:
     """Return every augmentation by the name of its text form."""
-    found: dict[str, type[Augmentation]] = {}
-    classes: list[type[Augmentation]] = [Augmentation]
-    for cls in classes:  # the list grows meanwhile
-        classes += cls.__subclasses__()
-        if not cls.__abstractmethods__ and cls is not Chain:
-            found[_name(cls)] = cls
-    return found
+    return text_form.members(Augmentation)
 
 
 def parse(text: str) -> Chain:
@@ -194,11 +135,7 @@ def parse(text: str) -> Chain:
     Raises:
       InputError: text of another form, an unknown augmentation, or settings that it does not take.
     """
-    return chain(*read_chain("augment", text, members(), "random_crop(4) | horizontal_flip()"))
-
-
-def _name(cls: type[Augmentation]) -> str:
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+    return chain(*text_form.read(Augmentation, text))
 
 
 # --------------------------------------------------------------------------------------------- rows

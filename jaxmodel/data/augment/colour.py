@@ -5,20 +5,26 @@ Images of one channel have no hue and no saturation to change.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Annotated
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmodel.data.augment import pixels as values
-from jaxmodel.data.augment.base import ImageAugmentation, Keys, Number, number, uniforms, whole
+from jaxmodel.data.augment.base import ImageAugmentation, Keys, uniforms
+from jaxmodel.schema import Range, Share
 
 
 @dataclass(frozen=True)
 class Brightness(ImageAugmentation):
-    """Multiplication by a factor drawn from 1 - strength to 1 + strength."""
+    """Multiplication by a factor drawn from 1 - strength to 1 + strength.
 
-    strength: Number = field(default=0.4, metadata=number(0.0, 1.0))
+    Attributes:
+      strength: the largest distance of the factor from 1.
+    """
+
+    strength: Share = 0.4
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""
@@ -27,9 +33,13 @@ class Brightness(ImageAugmentation):
 
 @dataclass(frozen=True)
 class Contrast(ImageAugmentation):
-    """Scaling of the distance from the mean grey by a factor from 1 - strength to 1 + strength."""
+    """Scaling of the distance from the mean grey by a factor from 1 - strength to 1 + strength.
 
-    strength: Number = field(default=0.4, metadata=number(0.0, 1.0))
+    Attributes:
+      strength: the largest distance of the factor from 1.
+    """
+
+    strength: Share = 0.4
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""
@@ -38,9 +48,13 @@ class Contrast(ImageAugmentation):
 
 @dataclass(frozen=True)
 class Saturation(ImageAugmentation):
-    """Scaling of the distance from grey by a factor drawn from 1 - strength to 1 + strength."""
+    """Scaling of the distance from grey by a factor drawn from 1 - strength to 1 + strength.
 
-    strength: Number = field(default=0.4, metadata=number(0.0, 1.0))
+    Attributes:
+      strength: the largest distance of the factor from 1.
+    """
+
+    strength: Share = 0.4
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""
@@ -49,9 +63,13 @@ class Saturation(ImageAugmentation):
 
 @dataclass(frozen=True)
 class Hue(ImageAugmentation):
-    """Rotation of the hue by an amount drawn from -turn to turn, as a share of the circle."""
+    """Rotation of the hue by an amount drawn from -turn to turn, as a share of the circle.
 
-    turn: Number = field(default=0.1, metadata=number(0.0, 0.5))
+    Attributes:
+      turn: the largest turn, as a share of the circle.
+    """
+
+    turn: Annotated[float, Range(0, 0.5)] = 0.1
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""
@@ -72,10 +90,10 @@ class ColourJitter(ImageAugmentation):
       probability: probability that a row is changed.
     """
 
-    brightness: Number = field(default=0.4, metadata=number(0.0, 1.0))
-    contrast: Number = field(default=0.4, metadata=number(0.0, 1.0))
-    saturation: Number = field(default=0.4, metadata=number(0.0, 1.0))
-    hue: Number = field(default=0.1, metadata=number(0.0, 0.5))
+    brightness: Share = 0.4
+    contrast: Share = 0.4
+    saturation: Share = 0.4
+    hue: Annotated[float, Range(0, 0.5)] = 0.1
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""
@@ -90,7 +108,7 @@ class ColourJitter(ImageAugmentation):
 class Greyscale(ImageAugmentation):
     """Replacement of every channel by the luma."""
 
-    probability: Number = field(default=0.2, metadata=number(0.0, 1.0))
+    probability: Share = 0.2
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""
@@ -99,9 +117,13 @@ class Greyscale(ImageAugmentation):
 
 @dataclass(frozen=True)
 class Sharpness(ImageAugmentation):
-    """Scaling of the distance from the smoothed image by a factor 1 - strength to 1 + strength."""
+    """Scaling of the distance from the smoothed image by a factor 1 - strength to 1 + strength.
 
-    strength: Number = field(default=0.9, metadata=number(0.0, 1.0))
+    Attributes:
+      strength: the largest distance of the factor from 1.
+    """
+
+    strength: Share = 0.9
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""
@@ -110,9 +132,13 @@ class Sharpness(ImageAugmentation):
 
 @dataclass(frozen=True)
 class Posterize(ImageAugmentation):
-    """Reduction of each value to its highest `bits` of eight bits."""
+    """Reduction of each value to its highest `bits` of eight bits.
 
-    bits: int = field(default=4, metadata=whole(1, 8))
+    Attributes:
+      bits: the number of bits that are kept.
+    """
+
+    bits: Annotated[int, Range(1, 8)] = 4
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""
@@ -121,9 +147,13 @@ class Posterize(ImageAugmentation):
 
 @dataclass(frozen=True)
 class Solarize(ImageAugmentation):
-    """Inversion of values that reach the threshold; above 1, of none."""
+    """Inversion of values that reach the threshold; above 1, of none.
 
-    threshold: Number = field(default=0.5, metadata=number(0.0, 2.0))
+    Attributes:
+      threshold: the least value that is inverted.
+    """
+
+    threshold: Annotated[float, Range(0, 2)] = 0.5
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""
@@ -134,7 +164,7 @@ class Solarize(ImageAugmentation):
 class Equalize(ImageAugmentation):
     """Equalisation of the histogram of each channel."""
 
-    probability: Number = field(default=1.0, metadata=number(0.0, 1.0))
+    probability: Share = 1.0
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""
@@ -145,7 +175,7 @@ class Equalize(ImageAugmentation):
 class Autocontrast(ImageAugmentation):
     """Stretching of each channel to reach 0 and 1."""
 
-    probability: Number = field(default=1.0, metadata=number(0.0, 1.0))
+    probability: Share = 1.0
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""
@@ -156,7 +186,7 @@ class Autocontrast(ImageAugmentation):
 class Invert(ImageAugmentation):
     """Inversion of all values, a negative."""
 
-    probability: Number = field(default=1.0, metadata=number(0.0, 1.0))
+    probability: Share = 1.0
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""

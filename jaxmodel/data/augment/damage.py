@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmodel.data.augment import pixels as values
-from jaxmodel.data.augment.base import ImageAugmentation, Keys, Number, number, uniforms, whole
+from jaxmodel.data.augment.base import ImageAugmentation, Keys, uniforms
+from jaxmodel.schema import Index, Range, Share
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Noise(ImageAugmentation):
       probability: probability that a row is changed.
     """
 
-    deviation: Number = field(default=0.1, metadata=number(0.0, 10.0))
+    deviation: Annotated[float, Range(0, 10)] = 0.1
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""
@@ -39,7 +41,7 @@ class Blur(ImageAugmentation):
       probability: probability that a row is changed.
     """
 
-    sigma: Number = field(default=1.0, metadata=number(0.0, 100.0))
+    sigma: Annotated[float, Range(0, 100)] = 1.0
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""
@@ -58,8 +60,8 @@ class Cutout(ImageAugmentation):
       probability: probability that a row is changed.
     """
 
-    size: int = field(default=8, metadata=whole(0))
-    fill: Number = field(default=0.0, metadata=number(0.0, 1.0), kw_only=True)
+    size: Index = 8
+    fill: Share = field(default=0.0, kw_only=True)
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""

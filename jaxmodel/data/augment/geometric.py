@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import abc
 import math
+import operator
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +19,19 @@ from jaxmodel.data.augment.affine import affine, linear_map
 from jaxmodel.data.augment.base import (
     ImageAugmentation,
     Keys,
-    Number,
-    interval,
-    number,
     uniforms,
-    whole,
 )
+from jaxmodel.schema import Index, Range, Share
+
+type _Area = Annotated[float, Range(0.001, 1)]
+type _Aspect = Annotated[float, Range(0.01, 100)]
 
 
 @dataclass(frozen=True)
 class HorizontalFlip(ImageAugmentation):
     """A flip of left and right."""
 
-    probability: Number = field(default=0.5, metadata=number(0.0, 1.0))
+    probability: Share = 0.5
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""
@@ -40,7 +42,7 @@ class HorizontalFlip(ImageAugmentation):
 class VerticalFlip(ImageAugmentation):
     """A flip of top and bottom."""
 
-    probability: Number = field(default=0.5, metadata=number(0.0, 1.0))
+    probability: Share = 0.5
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""
@@ -52,9 +54,12 @@ class _Mapped(ImageAugmentation):
     """Base of augmentations that sample each image once through an affine map.
 
     The numbers for the maps are drawn uniformly from -1 to 1.
+
+    Attributes:
+      fill: the value outside of the image.
     """
 
-    fill: Number = field(default=0.0, metadata=number(0.0, 1.0), kw_only=True)
+    fill: Share = field(default=0.0, kw_only=True)
 
     @abc.abstractmethod
     def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
@@ -81,10 +86,10 @@ class Affine(_Mapped):
       probability: probability that a row is changed.
     """
 
-    degrees: Number = field(default=0.0, metadata=number(0.0, 180.0))
-    scale: Number = field(default=0.0, metadata=number(0.0, 9.0))
-    shear: Number = field(default=0.0, metadata=number(0.0, 0.9))
-    translate: Number = field(default=0.0, metadata=number(0.0, 1.0))
+    degrees: Annotated[float, Range(0, 180)] = 0.0
+    scale: Annotated[float, Range(0, 9)] = 0.0
+    shear: Annotated[float, Range(0, 0.9)] = 0.0
+    translate: Share = 0.0
 
     def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
         """Return the matrices and shifts; see the class."""
@@ -97,9 +102,13 @@ class Affine(_Mapped):
 
 @dataclass(frozen=True)
 class Rotate(_Mapped):
-    """Rotation about the centre by an angle drawn from -degrees to degrees; see `Affine`."""
+    """Rotation about the centre by an angle drawn from -degrees to degrees; see `Affine`.
 
-    degrees: Number = field(default=15.0, metadata=number(0.0, 180.0))
+    Attributes:
+      degrees: the largest angle.
+    """
+
+    degrees: Annotated[float, Range(0, 180)] = 15.0
 
     def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
         """Return the matrices and shifts; see the class."""
@@ -108,9 +117,13 @@ class Rotate(_Mapped):
 
 @dataclass(frozen=True)
 class Scale(_Mapped):
-    """Scaling about the centre by a factor from 1 / (1 + amount) to 1 + amount; see `Affine`."""
+    """Scaling about the centre by a factor from 1 / (1 + amount) to 1 + amount; see `Affine`.
 
-    amount: Number = field(default=0.2, metadata=number(0.0, 9.0))
+    Attributes:
+      amount: the largest factor, less 1.
+    """
+
+    amount: Annotated[float, Range(0, 9)] = 0.2
 
     def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
         """Return the matrices and shifts; see the class."""
@@ -122,9 +135,12 @@ class Shear(_Mapped):
     """Shear along both sides by amounts drawn from -amount to amount; see `Affine`.
 
     The unit is pixels for each pixel of the other side.
+
+    Attributes:
+      amount: the largest shear along each side.
     """
 
-    amount: Number = field(default=0.2, metadata=number(0.0, 0.9))
+    amount: Annotated[float, Range(0, 0.9)] = 0.2
 
     def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
         """Return the matrices and shifts; see the class."""
@@ -133,9 +149,13 @@ class Shear(_Mapped):
 
 @dataclass(frozen=True)
 class Translate(_Mapped):
-    """Translation by up to `share` of each side; see `Affine`."""
+    """Translation by up to `share` of each side; see `Affine`.
 
-    share: Number = field(default=0.1, metadata=number(0.0, 1.0))
+    Attributes:
+      share: the largest shift, as a share of the side.
+    """
+
+    share: Share = 0.1
 
     def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
         """Return the matrices and shifts; see the class."""
@@ -152,8 +172,8 @@ class RandomCrop(ImageAugmentation):
       probability: probability that a row is changed.
     """
 
-    padding: int = field(default=4, metadata=whole(0))
-    fill: Number = field(default=0.0, metadata=number(0.0, 1.0), kw_only=True)
+    padding: Index = 4
+    fill: Share = field(default=0.0, kw_only=True)
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""
@@ -179,8 +199,14 @@ class RandomResizedCrop(ImageAugmentation):
       probability: probability that a row is changed.
     """
 
-    area: tuple[Number, Number] = field(default=(0.08, 1.0), metadata=interval(0.001, 1.0))
-    aspect: tuple[Number, Number] = field(default=(3 / 4, 4 / 3), metadata=interval(0.01, 100.0))
+    area: tuple[_Area, _Area] = (0.08, 1.0)
+    aspect: tuple[_Aspect, _Aspect] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("area", "aspect"):
+            if operator.gt(*getattr(self, name)):
+                self.refuse(name, "the smaller number first")
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +23,15 @@ from jaxmodel.data.augment.base import (
     AnyKey,
     Augmentation,
     Keys,
-    Number,
     images,
-    number,
     per_row,
     row_keys,
     row_weights,
     uniforms,
-    whole,
 )
 from jaxmodel.data.augment.damage import inside
 from jaxmodel.errors import InputError
+from jaxmodel.schema import Count, Range, Share
 
 type Images = Float[Array, "B Y X C"]
 
@@ -50,9 +48,9 @@ class _Mixing(Augmentation):
       probability: probability that a row is mixed.
     """
 
-    classes: int = field(metadata=whole(1))
-    alpha: Number = field(default=1.0, metadata=number(0.0, 1e4))
-    probability: Number = field(default=1.0, metadata=number(0.0, 1.0), kw_only=True)
+    classes: Count
+    alpha: Annotated[float, Range(0, 1e4)] = 1.0
+    probability: Share = field(default=1.0, kw_only=True)
 
     @abc.abstractmethod
     def mix(
@@ -106,7 +104,7 @@ class Mixup(_Mixing):
       probability: probability that a row is mixed.
     """
 
-    alpha: Number = field(default=0.2, metadata=number(0.0, 1e4))
+    alpha: Annotated[float, Range(0, 1e4)] = 0.2
 
     def mix(
         self, keys: Keys, pixels: Images, partner: Images, given: Float[Array, "B"]

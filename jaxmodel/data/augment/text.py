@@ -8,8 +8,8 @@ there is text; without both, each row is one text.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,13 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmodel.data.augment.base import (
     AnyKey,
     Augmentation,
-    Number,
     field_of,
-    number,
     row_keys,
     row_weights,
     uniforms,
-    whole,
 )
 from jaxmodel.errors import InputError
+from jaxmodel.schema import Count, Index, Range, Share
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,8 @@ class TokenDropout(Augmentation):
       rate: probability, 0 to 1.
     """
 
-    token: int = field(metadata=whole(0))
-    rate: Number = field(default=0.1, metadata=number(0.0, 1.0))
+    token: Index
+    rate: Share = 0.1
 
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Replace tokens of the batch."""
@@ -68,18 +66,18 @@ class SpanMasking(Augmentation):
       lowest: the lowest id to draw, above special ones.
     """
 
-    token: int = field(metadata=whole(0))
-    vocab: int = field(metadata=whole(1))
-    rate: Number = field(default=0.15, metadata=number(0.0, 0.99))
-    span: Number = field(default=0.0, metadata=number(0.0, 1e4))
-    lowest: int = field(default=0, metadata=whole(0))
+    token: Index
+    vocab: Count
+    rate: Annotated[float, Range(0, 0.99)] = 0.15
+    span: Annotated[float, Range(0, 1e4)] = 0.0
+    lowest: Index = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lowest >= self.vocab:
-            self._refuse("lowest", f"0 to {self.vocab - 1}, below vocab")
+            self.refuse("lowest", f"0 to {self.vocab - 1}, below vocab")
         if self.span and self.span < 1 / (1 - self.rate):
-            self._refuse("span", f"0, or at least 1 / (1 - rate) = {1 / (1 - self.rate):.4g}")
+            self.refuse("span", f"0, or at least 1 / (1 - rate) = {1 / (1 - self.rate):.4g}")
 
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Mask tokens of the batch, and set its targets and weights."""
@@ -144,11 +142,11 @@ class SpanCorruption(Augmentation):
       start: the id with which the decoder begins, also used for padding.
     """
 
-    first: int = field(metadata=whole(1))
-    rate: Number = field(default=0.15, metadata=number(0.001, 0.9))
-    span: Number = field(default=3.0, metadata=number(1.0, 1e4))
-    end: int = field(default=1, metadata=whole(0))
-    start: int = field(default=0, metadata=whole(0))
+    first: Count
+    rate: Annotated[float, Range(0.001, 0.9)] = 0.15
+    span: Annotated[float, Range(1, 1e4)] = 3.0
+    end: Index = 1
+    start: Index = 0
 
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Make source and targets from the tokens of the batch."""
@@ -157,7 +155,7 @@ class SpanCorruption(Augmentation):
         pieces = int(np.max(spans))
         least = max(self.end, self.start) + pieces
         if self.first < least:
-            self._refuse(
+            self.refuse(
                 "first", f"at least {least}, for {pieces} spans in {tokens.shape[1]} tokens"
             )
         source_length, target_length = (
@@ -252,7 +250,7 @@ class LocalShuffle(Augmentation):
       window: the largest distance; 0 changes nothing.
     """
 
-    window: int = field(default=3, metadata=whole(0))
+    window: Index = 3
 
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Shuffle the tokens of the batch."""
@@ -276,7 +274,7 @@ class SentenceShuffle(Augmentation):
       stop: the id that ends a sentence; the rest behind the last one is a sentence too.
     """
 
-    stop: int = field(metadata=whole(0))
+    stop: Index
 
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Shuffle the sentences of the batch."""

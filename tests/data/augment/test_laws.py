@@ -5,7 +5,6 @@ with strength zero.
 from __future__ import annotations
 
 import dataclasses
-import numbers
 import re
 import subprocess
 import sys
@@ -219,19 +218,13 @@ def test_numbers_outside_of_what_is_allowed_are_refused_everywhere() -> None:
     for name, cls in augment.members().items():
         (made,) = augment.parse(SETTINGS[name][0]).links
         for field in dataclasses.fields(cls):
-            if field.metadata:
-                low, high, kind = (field.metadata[k] for k in ("low", "high", "kind"))
-                for bad in (
-                    low - 1,
-                    high * 2 + 1,
-                    True,
-                    *([float("nan")] if kind is numbers.Real else []),
+            value = getattr(made, field.name)
+            for bad in (-1, 1e9 if isinstance(value, float) else 2**40, True, float("nan")):
+                bad = (bad, bad) if isinstance(value, tuple) else bad
+                with pytest.raises(
+                    InputError, match=re.escape(f"{name}: {field.name} is {bad!r}; allowed: ")
                 ):
-                    bad = (bad, bad) if kind is tuple else bad
-                    with pytest.raises(
-                        InputError, match=re.escape(f"{name}: {field.name} is {bad!r}; allowed: ")
-                    ):
-                        dataclasses.replace(made, **{field.name: bad})
+                    dataclasses.replace(made, **{field.name: bad})
 
 
 def test_bad_input_is_one_clear_line() -> None:
@@ -257,15 +250,15 @@ def test_bad_input_is_one_clear_line() -> None:
         (lambda: augment.parse("mixup()"), "mixup takes the settings classes, alpha, probability"),
         (
             lambda: augment.parse("random_resized_crop((1, 0.5))"),
-            "area is (1, 0.5); allowed: two numbers from 0.001 to 1.0",
+            "area is (1.0, 0.5); allowed: the smaller number first",
         ),
         (
             lambda: augment.parse("rand_augment(operations=('rotat',))"),
-            "operations: 'rotat' is not known",
+            "operations is ('rotat',); allowed: ",
         ),
         (
             lambda: augment.parse("aug_mix(operations=())"),
-            "operations: () given; allowed: a tuple of",
+            "operations is (); allowed: one or more",
         ),
         (
             lambda: augment.parse("span_masking(1, 50, lowest=50)"),
