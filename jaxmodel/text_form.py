@@ -75,9 +75,11 @@ class Member:
     def __str__(self) -> str:
         """Write the text form; settings with default values are omitted, except the first."""
         values = [(f.name, getattr(self, f.name), f.default) for f in settings(type(self))]
-        shown = [f"{key}={value!r}" for key, value, default in values if value != default]
-        if values and values[0][1] == values[0][2]:
-            shown.insert(0, f"{values[0][0]}={values[0][1]!r}")
+        shown = [
+            f"{key}={value!r}"
+            for i, (key, value, default) in enumerate(values)
+            if i == 0 or value != default
+        ]
         return f"{name_of(type(self))}({', '.join(shown)})"
 
     def refuse(self, setting: str, allowed: str) -> NoReturn:
@@ -86,8 +88,9 @@ class Member:
         Raises:
           InputError: always.
         """
-        value = getattr(self, setting)
-        raise InputError(f"{name_of(type(self))}: {setting} is {value!r}; allowed: {allowed}")
+        raise InputError(
+            f"{name_of(type(self))}: {setting} is {getattr(self, setting)!r}; allowed: {allowed}"
+        )
 
 
 def members[T: Member](kind: type[T]) -> dict[str, type[T]]:

@@ -366,6 +366,6 @@ def _words(path: str) -> tuple[int, int]:
 def _need_matrix(cls: type[Initializer], shape: tuple[int, ...]) -> None:
     if len(shape) < 2:
         raise InputError(
-            f"{name_of(cls)}: the shape {list(shape)} has no fan-in; allowed: a leaf of two axes or "
-            f"more"
+            f"{name_of(cls)}: the shape {list(shape)} has no fan-in; allowed: a leaf of two axes "
+            "or more"
         )

@@ -69,8 +69,8 @@ def project(rules: tree.Rules) -> optax.GradientTransformation:
     update bit for bit.
 
     Args:
-      rules: path -> `Bound`, its text ("max_norm(3)", "max_min_norm(0.5, 2)"), or None, for the leaves
-        that train. Layers of a segment may differ.
+      rules: path -> `Bound`, its text ("max_norm(3)", "max_min_norm(0.5, 2)"), or None, for the
+        leaves that train. Layers of a segment may differ.
 
     Raises:
       InputError: a text is not a bound; when used, a bound is given for a compressed leaf, or there

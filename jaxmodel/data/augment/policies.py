@@ -60,8 +60,19 @@ MIXED: tuple[Operation, ...] = (
 """The nine operations of AugMix, without those that its benchmark of corruptions contains."""
 
 
+class _Policy(ImageAugmentation):
+    """Base of the policies, which choose among operations: there is at least one."""
+
+    operations: tuple[Operation, ...]  # not yet a field, which would come before the others
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.operations:
+            self.refuse("operations", "one or more")
+
+
 @dataclass(frozen=True)
-class RandAugment(ImageAugmentation):
+class RandAugment(_Policy):
     """RandAugment: `count` random operations of one magnitude (Cubuk et al., 2020).
 
     Operations are drawn uniformly for each row, and their signs too. Magnitude 10 means rotation by
@@ -84,11 +95,6 @@ class RandAugment(ImageAugmentation):
     translate: Share = field(default=0.3, kw_only=True)
     fill: Share = field(default=0.0, kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.operations:
-            self.refuse("operations", "one or more")
-
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""
         names = _fitting(self.operations, pixels)
@@ -102,7 +108,7 @@ class RandAugment(ImageAugmentation):
 
 
 @dataclass(frozen=True)
-class AugMix(ImageAugmentation):
+class AugMix(_Policy):
     """AugMix: a mixture of chains of one to `depth` operations (Hendrycks et al., 2020).
 
     The result is `x + (1 - m) sum_i w_i (chain_i(x) - x)`. m is drawn uniformly from 0 to 1, w from
@@ -124,11 +130,6 @@ class AugMix(ImageAugmentation):
     depth: Count = 3
     operations: tuple[Operation, ...] = MIXED
     fill: Share = field(default=0.0, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.operations:
-            self.refuse("operations", "one or more")
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """Change all images; see the class."""
