@@ -176,7 +176,7 @@ def layer(
       fill: the value outside of the image.
     """
 
-    def setting(name: str, value: Array, neutral: float = 0.0) -> Array:
+    def setting(name: str, value: Array, neutral: float | int = 0.0) -> Array:
         return jnp.where(
             chosen == (names.index(name) if name in names else -1), value, jnp.float32(neutral)
         )
