@@ -121,5 +121,5 @@ def test_a_member_of_ones_own():
 
     assert text_form.read_one(Own, "group_lasso(2)") == GroupLasso(2.0)
     assert text_form.read_one(Own, "group_lasso(over=(1, 'a'))") == GroupLasso(over=(1, "a"))
-    with pytest.raises(InputError, match='penalty: "group_lasso.*nothing to sum over'):
+    with pytest.raises(InputError, match='own: "group_lasso.*nothing to sum over'):
         text_form.read(Own, "group_lasso(over='nothing')")

@@ -187,7 +187,10 @@ ALLOWED = r"allowed: a tuple of methods, or text such as 'magnitude\(0.5\) \| rt
             r"recipe: the rule 'w': method: 'rtm' is not known; allowed: .*nearest: rtn",
         ),
         ([("w", "rtn(4")], r"recipe: the rule 'w': method: 'rtn\(4' cannot be read"),
-        ([("w", "rtn(bits=9)")], r"recipe: the rule 'w': rtn: bits is 9; allowed: 1 to 8"),
+        (
+            [("w", "rtn(bits=9)")],
+            r"recipe: the rule 'w': rtn: bits is 9; allowed: a whole number of 1 to 8",
+        ),
         ([("x", Rtn(8)), ("w", ())], r"the rule 'x' gives the method"),
     ],
 )
