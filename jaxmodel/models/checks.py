@@ -102,28 +102,40 @@ def check_ids(name: str, ids: Any, vocab: int) -> None:
       ...
     jaxmodel.errors.InputError: windows: the token id -7 given; allowed: 0 to 4
     """
-    if isinstance(ids, Tracer):
+    if not _here(ids):
         return
     wrong = np.asarray(ids)[(np.asarray(ids) < 0) | (np.asarray(ids) >= vocab)]
     if wrong.size:
         raise InputError(f"{name}: the token id {wrong[0]} given; allowed: 0 to {vocab - 1}")
 
 
-def check_inputs(inputs: Mapping[str, Any], cache: Any = None) -> None:
-    """Refuse pixels that are not finite, and a cache for another batch size.
+def _here(a: Any) -> bool:
+    """Return whether the values of an array are known now, in this process."""
+    return not isinstance(a, Tracer) and getattr(a, "is_fully_addressable", True)
 
-    Traced pixels are not checked.
+
+def check_inputs(inputs: Mapping[str, Any], cache: Any = None, vocab: int | None = None) -> None:
+    """Refuse unknown token ids, pixels that are not finite, and a cache for another batch size.
+
+    Traced ids and pixels are not checked, so under `jit` this costs nothing.
+
+    Args:
+      inputs: the inputs of a model by name, with zeros in the padding.
+      cache: its cache, if it has one.
+      vocab: the size of its vocabulary, if it has one.
 
     Raises:
       InputError: says what was given.
     """
+    for name in ("tokens", "source"):
+        if vocab is not None and name in inputs:
+            check_ids(name, inputs[name], vocab)
     pixels = inputs.get("pixels")
-    here = (
+    if (
         pixels is not None
-        and not isinstance(pixels, Tracer)
-        and getattr(pixels, "is_fully_addressable", True)
-    )
-    if here and (bad := np.argwhere(~np.isfinite(np.asarray(pixels)))).size:
+        and _here(pixels)
+        and (bad := np.argwhere(~np.isfinite(np.asarray(pixels)))).size
+    ):
         raise InputError(
             f"pixels: row {bad[0][0]} has numbers that are NaN or infinite; allowed: finite ones"
         )

@@ -36,8 +36,9 @@ from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, LayerNorm, init_layers, rep
 from jaxmodel.layers.encoder import EncoderBlock
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models import vit
+from jaxmodel.models.checks import check_inputs
 from jaxmodel.models.family import family
-from jaxmodel.models.model import Model, check_sizes
+from jaxmodel.models.model import Model, check_sizes, unpadded
 from jaxmodel.models.parts import Parts, encoder_layer
 from jaxmodel.ops.norms import on_last
 
@@ -216,6 +217,7 @@ def towers(config: Config, policy: ops.Policy = ops.Policy()) -> Towers:
 
     def text(params: tree.Params, inputs: dict[str, jax.Array]) -> Float[Array, "M E"]:
         tokens = inputs["tokens"]
+        check_inputs(unpadded(inputs), None, config.text.vocab)
         own = params["text"]
         if tokens.shape[1] > config.text.context:
             raise InputError(

@@ -116,10 +116,12 @@ class Model:
             train: bool = False,
         ) -> Output:
             with runs_on(self, params):
+                given = unpadded(_by_name(inputs, names))
+                check_inputs(given, cache, getattr(self.config, "vocab", None))
                 return _hidden(
                     parts,
                     policy,
-                    *_counted(self.axes, params, unpadded(_by_name(inputs, names))),
+                    *_counted(self.axes, params, given),
                     cache,
                     rng,
                     train,
@@ -303,7 +305,6 @@ def _hidden(
     rng: Any,
     train: bool,
 ) -> Output:
-    check_inputs(inputs, cache)
     x, context = parts.embed(params, inputs, cache, _key(rng, _EMBED), train)
     cache = context.pop("cache", cache)
     aux = context.pop("aux", {})

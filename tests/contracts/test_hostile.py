@@ -43,6 +43,7 @@ from jaxmodel.leaves.sparse import expand
 from jaxmodel.models import autoencoder, gpt2, mlp, resnet, rnn
 from jaxmodel.models.foreign import set_state
 from jaxmodel.train.state import init_state
+from tests.contracts.conftest import B, T, example
 
 PACKAGES = (
     "adapt",
@@ -405,3 +406,32 @@ def test_ids_that_the_vocabulary_has_not_are_refused(wrong):
 def test_beams_beyond_the_context_are_refused_by_the_argument():
     with pytest.raises(InputError, match="max_new_tokens: 27; allowed: at most 26"):
         generation.beam_search(MODEL, TEXT.params, jnp.asarray(TOKENS), beams=2, max_new_tokens=27)
+
+
+def test_unknown_token_ids(kind):
+    """Where their values are known; a row that is padding may hold any id."""
+    model = kind.model
+    given = example(model, B, T)
+    for name in {"tokens", "source"} & given.keys():
+        for wrong in (-1, model.config.vocab, 2**31 - 1):
+            ids = np.array(given[name])
+            ids[1, 2] = wrong
+            last = model.config.vocab - 1
+            with pytest.raises(
+                InputError, match=f"^{name}: the token id {wrong} given; allowed: 0 to {last}$"
+            ):
+                model.apply(kind.params, {**given, name: jnp.asarray(ids)})
+            mask = np.ones(ids.shape, bool)
+            mask[1, 2:] = False
+            masks = {"tokens": "mask", "source": "source_mask"}[name]
+            shapes = jax.eval_shape(
+                lambda params, padded: model.apply(params, padded),
+                kind.params,
+                {**given, name: jnp.asarray(ids)},
+            )
+            assert shapes.logits.shape[0] == B  # in jit there are no values to look at
+            models.checks.check_inputs(
+                models.model.unpadded({name: jnp.asarray(ids), masks: jnp.asarray(mask)}),
+                None,
+                model.config.vocab,
+            )
