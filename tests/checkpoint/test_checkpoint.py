@@ -239,7 +239,9 @@ def test_other_arrays_are_refused(tmp_path, state):
         params = {**state.params, "positions": jnp.zeros((7, 32))}
         with pytest.raises(
             InputError,
-            match=re.escape("params.positions is float32[128, 32] there, float32[7, 32] here"),
+            match=re.escape(
+                "params.positions is float32[128, 32] in the checkpoint, float32[7, 32] now"
+            ),
         ):
             checkpoints.restore(like(dataclasses.replace(state, params=params)))
 

@@ -104,10 +104,6 @@ def test_wrong_rows_are_named(room, capsys):
             train(room, "encoder", "chats", "--steps", 1),
             "does not fit data that are chats or prompts with completions; allowed: a decoder",
         ),
-        (
-            train(room, "encoder", "labels", "--steps", 1, "--lora", "r=2"),
-            "--lora: given for rows with labels",
-        ),
         (train(room, "decoder", "tools", "--steps", 1), "'text' is not known; allowed: name"),
         (
             ["train", "--data", room / "chats.jsonl", "--runs", room / "runs"],

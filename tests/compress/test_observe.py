@@ -207,11 +207,11 @@ def test_a_pattern_that_is_none():
 
 
 @dataclasses.dataclass(frozen=True)
-class Norm(Rtn):
+class _Norm(Rtn):
     """Weights times the root of the `square` of their input: shows which statistics a leaf got.
     `bits` only tells chains apart.
 
-    Derived from `Rtn`, so that it is not found as one more method.
+    The underscore keeps it out of the list of methods.
     """
 
     def __call__(self, leaf, stats=None):
@@ -221,16 +221,19 @@ class Norm(Rtn):
         return leaf * jnp.sqrt(stats["square"])[..., None, :]
 
 
-TOGETHER = [("blocks/.*/(conv|router|up|down)", (Norm(8),)), (".*", ())]
+TOGETHER = [("blocks/.*/(conv|router|up|down)", (_Norm(8),)), (".*", ())]
 IN_TWO = [
-    ("blocks/[01]/.*/?(conv|router|up|down)", (Norm(8),)),
-    ("blocks/.*/(conv|router|up|down)", (Norm(4),)),
+    ("blocks/[01]/.*/?(conv|router|up|down)", (_Norm(8),)),
+    ("blocks/.*/(conv|router|up|down)", (_Norm(4),)),
     (".*", ()),
 ]
-APART = [*((f"blocks/{i}/.*/?(conv|router|up|down)", (Norm(i + 1),)) for i in range(L)), (".*", ())]
+APART = [
+    *((f"blocks/{i}/.*/?(conv|router|up|down)", (_Norm(i + 1),)) for i in range(L)),
+    (".*", ()),
+]
 UNEQUAL = [
-    ("blocks/3/router", (Norm(3),)),
-    ("blocks/.*/(conv|router|up|down)", (Norm(8),)),
+    ("blocks/3/router", (_Norm(3),)),
+    ("blocks/.*/(conv|router|up|down)", (_Norm(8),)),
     (".*", ()),
 ]
 
@@ -276,12 +279,12 @@ def test_statistics_taken_some_layers_at_a_time_are_put_together():
 def test_layers_without_statistics_are_not_given_those_of_others():
     stats = compress.observe(MODEL, PARAMS, BATCHES, "blocks/[12]/router")
     with pytest.raises(InputError, match="norm: needs the statistic"):
-        compress.apply([("blocks/.*/router", (Norm(),)), (".*", ())], PARAMS, stats)
+        compress.apply([("blocks/.*/router", (_Norm(),)), (".*", ())], PARAMS, stats)
     with pytest.raises(
         InputError, match="norm: needs the statistic"
     ):  # also where the first layer has some
-        compress.apply([("blocks/[1-3]/router", (Norm(),)), (".*", ())], PARAMS, stats)
-    out, _ = compress.apply([("blocks/[12]/router", (Norm(),)), (".*", ())], PARAMS, stats)
+        compress.apply([("blocks/[1-3]/router", (_Norm(),)), (".*", ())], PARAMS, stats)
+    out, _ = compress.apply([("blocks/[12]/router", (_Norm(),)), (".*", ())], PARAMS, stats)
     for i, leaf in enumerate(out["blocks"][f"0-{L - 1}"]["router"]):
         factor = np.sqrt(WANT[f"blocks/{i}/router"]["square"]) if i in (1, 2) else 1.0
         np.testing.assert_allclose(leaf, np.asarray(ROUTERS[i]) * factor, rtol=1e-4)
@@ -292,7 +295,7 @@ def test_layers_with_other_statistics_are_leaves_of_their_own():
     first = compress.observe(MODEL, PARAMS, BATCHES, "blocks/0/router", ("square", "gram"))
     rest = compress.observe(MODEL, PARAMS, BATCHES, "blocks/[1-4]/router", ("square",))
     out, report = compress.apply(
-        [("blocks/.*/router", (Norm(),)), (".*", ())], PARAMS, {**first, **rest}
+        [("blocks/.*/router", (_Norm(),)), (".*", ())], PARAMS, {**first, **rest}
     )
     assert [row["path"] for row in report.leaves if row["method"]] == [
         "blocks/0/router",

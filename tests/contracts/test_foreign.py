@@ -282,7 +282,7 @@ def test_an_array_alone_is_the_one_input(case):
             case.model.apply(case.params, case.inputs).logits,
         )
     else:
-        with pytest.raises(ValueError, match="a dict of a, b is needed"):
+        with pytest.raises(ValueError, match="allowed: a dict of a, b"):
             case.model.apply(case.params, case.inputs["a"])
     got = case.model.inputs(7, 3)
     assert {name: a.shape[0] for name, a in got.items()} == dict.fromkeys(case.inputs, 7)

@@ -175,7 +175,7 @@ def test_an_array_alone_is_the_one_input(kind):
         )
         assert program == same
     else:
-        with pytest.raises(ValueError, match=f"a dict of {', '.join(kind.inputs)} is needed"):
+        with pytest.raises(ValueError, match=f"allowed: a dict of {', '.join(kind.inputs)}"):
             kind.apply(kind.params, next(iter(kind.inputs.values())))
 
 

@@ -64,6 +64,7 @@ HTML = {
 }
 """Those that a person looks at in a notebook. The others have a line."""
 LESS = {
+    "Loss",
     "Bundle",
     "Guard",
     "Build",

@@ -279,7 +279,7 @@ def test_logits_that_are_no_numbers_are_an_error_with_its_cause(sampling, how):
     params = jax.jit(model.init)(jax.random.key(0))
     if how == "damaged":
         params["norm"]["weight"] = params["norm"]["weight"].at[3].set(jnp.nan)
-        says = "params: 'norm/weight' has 1 numbers that are NaN or infinite"
+        says = "params: 'norm/weight' has 1 values that are NaN or infinite"
     else:
         params["head"] = jnp.full_like(params["head"], 3e38)
         says = "all weights are finite: the activations overflow; compute in float32"

@@ -540,7 +540,6 @@ def test_other_spellings_of_gemma_3(tmp_path: Path) -> None:
             "tiny-gemma",
             {"qkv_bias": False, "query_scale": 20**-0.5},
         ),  # a soft cap and norms of q and k
-        ("tiny", {"windows": (5, 0)}),
         ("tiny", {"qk_norm": True, "qkv_bias": True}),
         ("tiny", {"logit_softcap": 3.0}),
         (

@@ -145,7 +145,7 @@ def test_options_are_those_that_differ_and_the_rest_is_folded():
         and "verb" not in page
     )
     assert page.count("<details>") == 2 and "model.width" in page and "a, b; c, –" in page
-    assert "by default" in html.options({"verb": "x", "seed": 0}, {"seed": 0}).html
+    assert "have their defaults" in html.options({"verb": "x", "seed": 0}, {"seed": 0}).html
 
 
 def test_numbers_line_up():

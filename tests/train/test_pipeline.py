@@ -200,7 +200,7 @@ def check_what_does_not_fit_is_refused() -> None:
         lambda: shapes("pipeline=2,fsdp=2,tensor=2"),
     )
     costly = losses.regularized(losses.next_token, [(".*", "l2(0.1)")])
-    refused("loss: it reads the parameters of the layers", lambda: shapes("pipeline=2", costly))
+    refused("loss: it reads the parameters of all layers", lambda: shapes("pipeline=2", costly))
     refused("loss: it runs the model 2 times", lambda: shapes("pipeline=2", twice))
     refused(
         "does not run the model's layers",
