@@ -31,6 +31,7 @@ FLOORS = [
         "child_reader",
         "schema",
         "text_form",
+        "rng",
     ),
     *(
         "tree",
@@ -64,7 +65,7 @@ FLOORS = [
 ROOF = {"__init__", "__main__"}  # may import anything, and nothing below may import them
 # all they may import besides the standard library and what is below them
 GROUND = ("errors", "brief", "moved", "limits", "text_form", "files", "child", "schema")
-ONLY = {**{name: set() for name in GROUND}, "tree": {"jax"}}
+ONLY = {**{name: set() for name in GROUND}, "rng": {"jax"}, "tree": {"jax"}}
 FLAX = {"layers", "models"}
 LONGEST = 650
 

@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import math
 import re
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +30,7 @@ from jaxmodel.errors import BELOW_ONE, InputError, at_least, within
 from jaxmodel.leaves import Adapted, Compressed
 from jaxmodel.leaves.adapted import PARTS, SUFFIX, read_adapters
 from jaxmodel.models.model import Model, Parts, wrap
+from jaxmodel.rng import fold
 
 ADAPTERS: tree.Rules = ((f".*{SUFFIX}/(down|up)", True), (".*", False))
 """Rules that train the adapters alone. Put rules in front for a head or norms that train too."""
@@ -233,7 +233,7 @@ def merge_adapters(
 
 def _adapter(path: str, leaf: Any, one: LoRA, key: jax.Array) -> dict[str, jax.Array]:
     out, width = leaf.shape[-2:]
-    keys = [jax.random.fold_in(key, zlib.crc32(layer.encode())) for layer in tree.layer_paths(path)]
+    keys = [fold(key, layer) for layer in tree.layer_paths(path)]
     downs = [
         jax.random.normal(key, (one.rank, width), jnp.float32) * jnp.float32(width**-0.5)
         for key in keys
@@ -292,9 +292,5 @@ def _reading(parts: Parts) -> Parts:
     return Parts(embed, one, head)
 
 
-# The number that dropout folds into the key of a part; `models.model` lists the others.
-_DROPOUT = 2**32 - 9
-
-
 def _dropout_key(rng: Any, train: bool) -> Any:
-    return jax.random.fold_in(rng, _DROPOUT) if train and rng is not None else None
+    return fold(rng, "adapter dropout") if train and rng is not None else None

@@ -50,10 +50,10 @@ from jaxmodel.data.augment.base import Augment, field_of, images, row_keys, row_
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.losses import Loss
 from jaxmodel.models import Model, Parts
+from jaxmodel.rng import fold
 
 PROJECTION = "projection"
 """The subtree with the leaves of the head that `with_projection` adds."""
-_TASK = 2**32 - 8  # the number that a task folds into the step's key; `models.model` lists others
 
 
 def pretext(loss: Loss, task: Augment, *, seed: int = 0) -> Loss:
@@ -76,7 +76,7 @@ def pretext(loss: Loss, task: Augment, *, seed: int = 0) -> Loss:
         *,
         train: bool = True,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        key = jax.random.key(seed) if rng is None or not train else jax.random.fold_in(rng, _TASK)
+        key = jax.random.key(seed) if rng is None or not train else fold(rng, "task")
         return loss(model, params, task(key, batch), rng, train=train)
 
     return made

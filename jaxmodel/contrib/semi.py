@@ -33,6 +33,7 @@ from jaxmodel.losses.contract import counting, row_weights, weighted_mean
 from jaxmodel.losses.factory import PerExampleLoss
 from jaxmodel.losses.labels import distribution
 from jaxmodel.models import Model
+from jaxmodel.rng import fold
 from jaxmodel.train.state import TrainState, averaged
 
 type Ramp = Callable[[Array], Array]
@@ -41,9 +42,6 @@ type Ramp = Callable[[Array], Array]
 For example `functools.partial(linear_ramp, begin=100, end=600)`.
 """
 type _Inputs = dict[str, Array]
-
-# the number that the views fold into the step's key; `models.model` lists the others
-_VIEWS = 2**32 - 7
 
 
 # --------------------------------------------------------------------------------------- the losses
@@ -147,14 +145,14 @@ def mean_teacher(
                 "average: 0 given; allowed: a decay such as 0.99, because the teacher is the "
                 "moving average"
             )
-        taught = _said(model, averaged(state), _seen(noise, jax.random.fold_in(key, 0), rows))
+        taught = _said(model, averaged(state), _seen(noise, fold(key, "teacher"), rows))
 
         def value(z: Array) -> tuple[Array, dict[str, Array]]:
             same = (jnp.argmax(z, axis=-1) == jnp.argmax(taught, axis=-1)).astype(jnp.float32)
             far = jax.nn.softmax(z.astype(jnp.float32), axis=-1) - jax.nn.softmax(taught, axis=-1)
             return jnp.mean(far**2, axis=-1), {"agree": same}
 
-        return _seen(noise, jax.random.fold_in(key, 1), rows), value
+        return _seen(noise, fold(key, "student"), rows), value
 
     return _semi(term, noise, each, weight, ramp)
 
@@ -225,7 +223,7 @@ def _own_labels(
     def term(
         model: Model, params: tree.Params, rows: _Inputs, key: Array, state: TrainState | None
     ) -> _Term:
-        seen = _seen(first, jax.random.fold_in(key, 0), rows)
+        seen = _seen(first, fold(key, "first view"), rows)
         q = jax.nn.softmax(_said(model, jax.lax.stop_gradient(params), seen), axis=-1)
         if align:
             counts = jnp.broadcast_to(rows.get("counts", jnp.ones(len(q), bool)), len(q))
@@ -233,7 +231,7 @@ def _own_labels(
             q = q / jnp.sum(q, axis=-1, keepdims=True)
         sure = (jnp.max(q, axis=-1) >= threshold).astype(jnp.float32)
         labels = jnp.argmax(q, axis=-1)
-        return _seen(second, jax.random.fold_in(key, 1), rows), lambda z: (
+        return _seen(second, fold(key, "second view"), rows), lambda z: (
             sure * each(z, labels),
             {"confident": sure},
         )
@@ -274,9 +272,9 @@ def _semi(
                 "which pass the state"
             )
         inputs, rows, count = _parted(batch)
-        key = jax.random.fold_in(rng, _VIEWS)
+        key = fold(rng, "views")
         views, value = term(model, params, rows, key, state)
-        own = _seen(augment, jax.random.fold_in(key, 2), inputs)
+        own = _seen(augment, fold(key, "labelled"), inputs)
         # a field without unlabelled rows is not an input of the model
         both = {name: jnp.concatenate([own[name], views[name]]) for name in own if name in views}
         z = model.apply(params, both, rng=rng, train=True).logits

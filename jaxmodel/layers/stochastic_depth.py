@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jaxmodel.rng import fold
+
 
 def stochastic_depth(
     x: Float[Array, "B ..."],
     y: Float[Array, "B ..."],
     rate: float | Float[Array, ""],
     rng: Key[Array, ""] | None,
-    site: int = 0,
+    name: str = "stochastic depth",
 ) -> Float[Array, "B ..."]:
     """Skip a block for a row with probability `rate`: `x + keep / (1 - rate) (y - x)`.
 
@@ -24,7 +26,7 @@ def stochastic_depth(
       y: its output, of the same shape.
       rate: from 0 to below 1; it may be traced, as it is in a scan over layers.
       rng: the key of a layer in a step; None (outside of training) returns y.
-      site: a number that differs between the places in one layer that use its key.
+      name: of the place in the layer, where several use its key.
 
     >>> x, y = jnp.zeros((200, 3)), jnp.ones((200, 3))
     >>> out = stochastic_depth(x, y, 0.5, jax.random.key(0))
@@ -33,8 +35,6 @@ def stochastic_depth(
     """
     if rng is None:
         return y
-    keep = jax.random.bernoulli(
-        jax.random.fold_in(rng, site), 1 - jnp.asarray(rate, jnp.float32), x.shape[:1]
-    )
+    keep = jax.random.bernoulli(fold(rng, name), 1 - jnp.asarray(rate, jnp.float32), x.shape[:1])
     scale = keep.astype(jnp.float32) / (1 - jnp.asarray(rate, jnp.float32))
     return x + scale.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1)) * (y - x)

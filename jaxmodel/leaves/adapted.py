@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from jaxmodel import tree
 from jaxmodel.leaves.leaf import AxisSizes, Compressed, decode, expect, full_spec, register
+from jaxmodel.rng import fold
 
 SUFFIX = "_lora"
 """Suffix of an adapter's branch: `q_lora` (`down`, `up`, `scale`) stands beside the leaf `q`."""
@@ -138,7 +138,7 @@ def read_adapters(params: tree.Params, key: jax.Array | None = None) -> tree.Par
     """
     out: tree.Params = {}
     for name, node in params.items():
-        below = None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
+        below = None if key is None else fold(key, name)
         out[name] = read_adapters(node, below) if isinstance(node, dict) else node
     for name in [name for name in out if name.endswith(SUFFIX)]:
         base = name.removesuffix(SUFFIX)
@@ -148,7 +148,7 @@ def read_adapters(params: tree.Params, key: jax.Array | None = None) -> tree.Par
             if key is not None and rate is not None:
                 adapter |= {
                     "dropout": rate,
-                    "key": jax.random.fold_in(key, zlib.crc32(name.encode())),
+                    "key": fold(key, name),
                 }
             out[base] = Adapted(out[base], **adapter)
     return out

@@ -51,6 +51,7 @@ from jaxmodel.models.counted import linen_counting, nnx_counting
 from jaxmodel.models.model import COUNTS, Inputs, Model, read
 from jaxmodel.models.parts import Parts
 from jaxmodel.ops.norms import BatchStatsProbe
+from jaxmodel.rng import fold
 
 STATE = "state"
 """The branch of the tree with everything that is not a parameter."""
@@ -312,9 +313,7 @@ def _linen(module: nn.Module, shapes: Any, call: Call, rngs: tuple[str, ...], ax
     ) -> tuple[jax.Array, tree.Params]:
         plain = _plain(params)
         state = plain.pop(STATE, {})
-        keys = (
-            {} if rng is None else {name: jax.random.fold_in(rng, i) for i, name in enumerate(rngs)}
-        )
+        keys = {} if rng is None else {name: fold(rng, name) for name in rngs}
         method = lambda module: call(module, inputs, train)
         variables = {"params": plain, **state}
         try:
@@ -337,7 +336,7 @@ def _linen(module: nn.Module, shapes: Any, call: Call, rngs: tuple[str, ...], ax
         return _array(out), nn.meta.unbox(flax.core.unfreeze(kept))
 
     def init(key: jax.Array) -> tree.Params:
-        keys = {"params": key, **{name: jax.random.fold_in(key, i) for i, name in enumerate(rngs)}}
+        keys = {"params": key, **{name: fold(key, name) for name in rngs}}
         zeros = {name: jnp.zeros(a.shape, a.dtype) for name, a in _inputs(shapes, 1, 1).items()}
         return linen_params(module.init(keys, method=lambda module: call(module, zeros, False)))
 

@@ -15,6 +15,7 @@ from jaxmodel.leaves.leaf import register
 from jaxmodel.models.checks import check_inputs, runs_on
 from jaxmodel.models.parts import Inputs, Parts
 from jaxmodel.ops.norms import BatchStatsProbe
+from jaxmodel.rng import fold
 
 
 @register
@@ -138,7 +139,7 @@ class Model:
                 params, inputs = _counted(self.axes, params, _by_name(inputs, names))
                 out = self.hidden(params, inputs, cache, rng, train)
                 return dataclasses.replace(
-                    out, logits=parts.head(params, out.hidden, _key(rng, _HEAD), train)
+                    out, logits=parts.head(params, out.hidden, _key(rng, "head"), train)
                 )  # pyright: ignore
 
         object.__setattr__(self, "hidden", hidden)
@@ -192,7 +193,7 @@ def begin(
       The activations, the context, and the aux values.
     """
     given = unpadded(_by_name(inputs, tuple(model.inputs(1, 1))))
-    x, context = model.parts.embed(params, given, None, _key(rng, _EMBED), train)
+    x, context = model.parts.embed(params, given, None, _key(rng, "embed"), train)
     return x, context, context.pop("aux", {})
 
 
@@ -225,15 +226,9 @@ def read(inputs: Mapping[str, jax.Array], name: str, axes: str = "") -> jax.Arra
 _PADDED = {"tokens": "mask", "positions": "mask", "types": "mask", "source": "source_mask"}
 """The inputs of token ids and positions, and the mask of each."""
 
-# the numbers that embed and head fold into the step's key; layer i folds in i
-_EMBED, _HEAD = (
-    2**32 - 1,
-    2**32 - 2,
-)
 
-
-def _key(rng: Any, number: int) -> Any:
-    return None if rng is None else jax.random.fold_in(rng, number)
+def _key(rng: Any, name: str) -> Any:
+    return None if rng is None else fold(rng, name)  # layer i folds in i
 
 
 def _by_name(inputs: Inputs, names: tuple[str, ...]) -> dict[str, jax.Array]:
@@ -305,7 +300,7 @@ def _hidden(
     rng: Any,
     train: bool,
 ) -> Output:
-    x, context = parts.embed(params, inputs, cache, _key(rng, _EMBED), train)
+    x, context = parts.embed(params, inputs, cache, _key(rng, "embed"), train)
     cache = context.pop("cache", cache)
     aux = context.pop("aux", {})
     if parts.block is not None:

@@ -12,8 +12,6 @@ from jaxmodel.layers.stochastic_depth import stochastic_depth as of_rows
 from jaxmodel.models.model import Model, wrap
 from jaxmodel.models.parts import Parts
 
-_SITE = 2**32 - 1  # separates its draws from the dropout in a block
-
 
 def stochastic_depth(model: Model, rate: float) -> Model:
     """Return the model with stochastic depth (Huang et al., 2016).
@@ -60,7 +58,7 @@ def stochastic_depth(model: Model, rate: float) -> Model:
         ):
             y, cache, aux = whole(params, x, context, cache, layer, rng, train)
             if train and y.shape == x.shape:
-                y = of_rows(x, y, rate * ((layer + 1) / depth), rng, _SITE)
+                y = of_rows(x, y, rate * ((layer + 1) / depth), rng)
             return y, cache, aux
 
         return parts._replace(block=block)

@@ -172,16 +172,17 @@ class _Block(nn.Module):
             c.heads, c.heads, c.head_width, False, normal, out, self.policy, scale=1.0, name="attn"
         )
         y, cache = mix(RMSNorm(c.norm_eps, name="attn_norm")(x), context, cache, layer)
-        x = x + dropout(y, c.dropout, rng, 0)
+        x = x + dropout(y, c.dropout, rng, "attn")
         if self.reads:
             read = CrossAttention(
                 c.heads, c.head_width, False, normal, out, self.policy, scale=1.0, name="cross"
             )
             y, cache = read(RMSNorm(c.norm_eps, name="cross_norm")(x), context, cache, layer)
-            x = x + dropout(y, c.dropout, rng, 1)
+            x = x + dropout(y, c.dropout, rng, "cross")
         activation, gated = FORMS[c.mlp]
         mlp = MLP(c.mlp_width, activation, gated, False, normal, down, self.policy, name="mlp")
-        return x + dropout(mlp(RMSNorm(c.norm_eps, name="mlp_norm")(x)), c.dropout, rng, 2), cache
+        y = mlp(RMSNorm(c.norm_eps, name="mlp_norm")(x))
+        return x + dropout(y, c.dropout, rng, "mlp"), cache
 
 
 class _Head(nn.Module):
@@ -276,13 +277,13 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             encoder = params["encoder"]
             bias = position_bias(encoder["positions"], places, places, True, config)
             context = {"seen": ops.AttentionMask(valid=mask, causal=False), "bias": bias}
-            x = dropout(ops.embed(params["embed"], source, policy), config.dropout, drop, 2**31)
+            x = dropout(ops.embed(params["embed"], source, policy), config.dropout, drop, "source")
             how = policy.remat, policy.microbatches, policy.unroll
             x, _, _ = repeat(
                 block_of(encoder_module), encoder["blocks"], x, context, None, rng, train, *how
             )
             x = norm_module.apply({"params": encoder["norm"]}, x)
-            return {"memory": dropout(x, config.dropout, drop, 2**31 + 1)}  # pyright: ignore[reportArgumentType]
+            return {"memory": dropout(x, config.dropout, drop, "memory")}  # pyright: ignore[reportArgumentType]
 
         positions, context = source_context(inputs, cache, encode)
         if cache is not None:
@@ -292,7 +293,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             query = key = positions if "positions" in inputs else row(positions.shape[1])
         context["bias"] = position_bias(params["positions"], query, key, False, config)
         return dropout(
-            ops.embed(params["embed"], inputs["tokens"], policy), config.dropout, drop, 2**31 + 2
+            ops.embed(params["embed"], inputs["tokens"], policy), config.dropout, drop, "tokens"
         ), context
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:

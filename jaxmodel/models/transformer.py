@@ -125,19 +125,19 @@ class _Block(nn.Module):
         def ready(part: str, x: jax.Array) -> jax.Array:
             return LayerNorm(c.norm_eps, name=f"{part}_norm")(x) if c.pre_norm else x
 
-        def add(part: str, x: jax.Array, y: jax.Array, site: int) -> jax.Array:
-            x = x + dropout(y, c.dropout, rng, site)
+        def add(part: str, x: jax.Array, y: jax.Array) -> jax.Array:
+            x = x + dropout(y, c.dropout, rng, part)
             return x if c.pre_norm else LayerNorm(c.norm_eps, name=f"{part}_norm")(x)
 
         mix = Attention(c.heads, c.heads, width, c.attn_bias, fan, fan, self.policy, name="attn")
         y, cache = mix(ready("attn", x), context, cache, layer)
-        x = add("attn", x, y, 0)
+        x = add("attn", x, y)
         if self.reads:
             read = CrossAttention(c.heads, width, c.attn_bias, fan, fan, self.policy, name="cross")
             y, cache = read(ready("cross", x), context, cache, layer)
-            x = add("cross", x, y, 1)
+            x = add("cross", x, y)
         mlp = MLP(c.mlp_width, nn.relu, False, True, fan, fan, self.policy, name="mlp")
-        return add("mlp", x, mlp(ready("mlp", x)), 2), cache
+        return add("mlp", x, mlp(ready("mlp", x))), cache
 
 
 def sinusoids(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]:
@@ -168,12 +168,12 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         return y
 
     def placed(
-        params: tree.Params, tokens: jax.Array, positions: jax.Array, rng: Any, site: int
+        params: tree.Params, tokens: jax.Array, positions: jax.Array, rng: Any, name: str
     ) -> jax.Array:
         x = ops.embed(params["embed"], tokens, wide) * config.scale + sinusoids(
             positions, config.width
         )
-        return dropout(x.astype(policy.activation_dtype), config.dropout, rng, site)
+        return dropout(x.astype(policy.activation_dtype), config.dropout, rng, name)
 
     def embed(
         params: tree.Params,
@@ -187,7 +187,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         def encode(source: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
             context = {"seen": ops.AttentionMask(valid=mask, causal=False)}
             x = placed(
-                params, source, jnp.arange(source.shape[1], dtype=jnp.int32)[None], drop, 2**31
+                params, source, jnp.arange(source.shape[1], dtype=jnp.int32)[None], drop, "source"
             )
             blocks = params["encoder"]["blocks"]
             how = policy.remat, policy.microbatches, policy.unroll
@@ -195,7 +195,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             return {"memory": normed(params["encoder"], x)}
 
         positions, context = source_context(inputs, cache, encode)
-        return placed(params, inputs["tokens"], positions, drop, 2**31 + 1), context
+        return placed(params, inputs["tokens"], positions, drop, "tokens"), context
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
         return ops.einsum("BTD,VD->BTV", normed(params, x), params["embed"], wide)

@@ -14,7 +14,6 @@ during a step, 2 bytes of gradient: 5 bytes, where float32 Adam takes 16.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +25,7 @@ from jaxmodel.errors import InputError
 from jaxmodel.leaves import Compressed, QTensor, decode
 from jaxmodel.leaves.leaf import check_weights
 from jaxmodel.optim.rounding import moved, rounded
+from jaxmodel.rng import fold, number
 from jaxmodel.sharding import auto_axes
 
 
@@ -124,10 +124,8 @@ def by_layer[T: tuple[Any, ...]](
     key is folded from its path, so it is the same however layers are stacked.
     """
     if not tree.is_stacked(path) or len(arrays[0].shape) < 3 or auto_axes().get("pipeline", 1) > 1:
-        return function(*arrays, *others, jax.random.fold_in(key, zlib.crc32(path.encode())))
-    numbers = jnp.array(
-        [zlib.crc32(layer.encode()) for layer in tree.layer_paths(path)], jnp.uint32
-    )
+        return function(*arrays, *others, fold(key, path))
+    numbers = jnp.array([number(layer) for layer in tree.layer_paths(path)], jnp.uint32)
 
     def body(i: jax.Array, arrays: T) -> T:
         here = jax.tree.map(

@@ -38,13 +38,12 @@ from jaxtyping import Array, Float, Int8, Integer
 from jaxmodel import tree
 from jaxmodel.errors import FACTOR, InputError, at_least, one_of, within
 from jaxmodel.optim.rounding import dither, group_of
+from jaxmodel.rng import fold
 from jaxmodel.sharding import auto_axes, names_of, parts
 from jaxmodel.train.gradients import GradientFn
 
 P = jax.P
 KINDS = ("int8", "top_k")
-# the number that the rounding folds into the step's key; see `models.model` for the others
-_KEY = 2**32 - 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +153,7 @@ class GradientCompression:
         others = {name: mean(metric) for name, metric in metrics.items() if name != "weight"}
         shares = {path: g.astype(jnp.float32) * part for path, g in tree.flatten(grads).items()}
         memory = {path: e[0] for path, e in tree.flatten(residual or {}).items()}
-        key = jax.random.fold_in(rng, _KEY)
+        key = fold(rng, "exchange")
         large = {path for path, g in shares.items() if self._large(path, g)}
         summed = functools.partial(self._summed, devices=devices, large=large)
         if places:  # else the partitioner would gather what is split over the other axes
@@ -185,14 +184,14 @@ class GradientCompression:
         before = jnp.zeros(())
         sums = {}
         memory = dict(memory)
-        for i, (path, g) in enumerate(grads.items()):
+        for path, g in grads.items():
             # one after another: simulated devices deadlock if they run independent
             # collectives in different orders
             g, _ = jax.lax.optimization_barrier((g, before))
             if path not in large:
                 g = jax.lax.psum(g, self.axis)
             elif self.kind == "int8":
-                g = sum_int8(g, self.axis, devices, jax.random.fold_in(key, i))
+                g = sum_int8(g, self.axis, devices, fold(key, path))
             else:
                 k = max(1, round(self.share * g.shape[-1]))
                 g, memory[path] = sum_top_k(g + memory[path], self.axis, k)
@@ -246,9 +245,9 @@ def sum_int8(
     # piece i takes every devices-th entry from i on, so an axis that is split over other mesh axes
     # stays split
     parts = padded.reshape(*x.shape[:at], -1, devices, *x.shape[at + 1 :])
-    codes, scale = _codes(jnp.moveaxis(parts, at + 1, 0), jax.random.fold_in(key, 0))
+    codes, scale = _codes(jnp.moveaxis(parts, at + 1, 0), fold(key, "parts"))
     codes, scale = (jax.lax.all_to_all(a, axis, 0, 0, tiled=True) for a in (codes, scale))
-    codes, scale = _codes(jnp.sum(_values(codes, scale), axis=0), jax.random.fold_in(key, 1))
+    codes, scale = _codes(jnp.sum(_values(codes, scale), axis=0), fold(key, "sum"))
     codes, scale = (jax.lax.all_gather(a, axis) for a in (codes, scale))
     whole = jnp.moveaxis(_values(codes, scale), 0, at + 1).reshape(padded.shape)
     return jax.lax.slice_in_dim(whole, 0, length, axis=at)

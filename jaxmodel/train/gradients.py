@@ -19,6 +19,7 @@ from jaxmodel import ops, tree
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.leaves import Compressed
 from jaxmodel.ops.probe import GRADIENT
+from jaxmodel.rng import fold
 
 type Found = tuple[jax.Array, dict[str, jax.Array]]
 """The value of a loss, a scalar, and its metrics."""
@@ -26,9 +27,6 @@ type Objective = Callable[[tree.Params, Mapping[str, Any], jax.Array], Found]
 """`objective(trains, batch, rng) -> (value, metrics)`."""
 type GradientFn = Callable[[tree.Params, Mapping[str, Any], jax.Array], tuple[Found, tree.Params]]
 """`run(trains, batch, rng) -> ((value, metrics), grads)`."""
-
-# the number that micro-batches fold into the step's key; see `models.model` for the others
-_MICRO_BATCH = 2**32 - 4
 
 
 def value_and_grad(objective: Objective, dtype: Any = jnp.bfloat16) -> GradientFn:
@@ -98,7 +96,7 @@ def accumulated(run: GradientFn, parts: int) -> GradientFn:
 
     def whole(trains: Any, batch: Mapping[str, Any], rng: jax.Array) -> Any:
         pieces = jax.tree.map(cut, dict(batch))
-        base = jax.random.fold_in(rng, _MICRO_BATCH)
+        base = fold(rng, "micro-batch")
         keys = jax.vmap(functools.partial(jax.random.fold_in, base))(jnp.arange(parts))
 
         def weighted(piece: Any, key: jax.Array) -> tuple[Any, jax.Array]:

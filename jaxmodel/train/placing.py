@@ -268,6 +268,7 @@ def environment(mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
         "devices": {key: known["devices"][key] for key in ("kind", "count", "processes")},
         "cpu": known["cpu"],
         "jaxlib": known["jaxlib"],
+        "draws": "named",  # streams of `rng.fold`; before, keys were folded with other numbers
     }
 
 

@@ -19,6 +19,7 @@ from jaxmodel.models import Model
 from jaxmodel.optim import quantized
 from jaxmodel.optim.guard import Guard
 from jaxmodel.optim.masters import with_masters
+from jaxmodel.rng import fold
 from jaxmodel.train.exchange import GradientCompression
 from jaxmodel.train.gradients import GradientFn, Objective, accumulated, value_and_grad
 from jaxmodel.train.pipeline import one_forward_one_backward
@@ -27,11 +28,6 @@ from jaxmodel.train.state import TrainState
 type Step = Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
 
 PIPELINES = ("gpipe", "1f1b")
-# the numbers that these fold into the step's key; see `models.model` for the others
-_AUGMENT, _ROUND = (
-    2**32 - 3,
-    2**32 - 5,
-)
 
 
 def make_step(
@@ -95,11 +91,7 @@ def make_step(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         _check_halves(state, average, guard, exchange)
         rng = jax.random.fold_in(jax.random.key(seed), state.data_step)
-        batch = (
-            dict(batch)
-            if augment is None
-            else augment(jax.random.fold_in(rng, _AUGMENT), dict(batch))
-        )
+        batch = dict(batch) if augment is None else augment(fold(rng, "augment"), dict(batch))
         trains, frozen = tree.partition(state.params, among)
 
         def objective(
@@ -127,7 +119,7 @@ def make_step(
         # A barrier for each leaf, so that adding updates rounds the same whatever follows: a good
         # step with a guard equals one without, bit for bit.
         updates = jax.tree.map(jax.lax.optimization_barrier, updates)
-        trained: Any = quantized.apply_updates(trains, updates, jax.random.fold_in(rng, _ROUND))
+        trained: Any = quantized.apply_updates(trains, updates, fold(rng, "round"))
         metrics = {**metrics, "loss": value, "grad_norm": norm}
         if "average" in extra:
             # skipped steps do not count

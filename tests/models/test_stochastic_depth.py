@@ -13,6 +13,7 @@ from jaxmodel import models, ops, tree
 from jaxmodel.errors import InputError
 from jaxmodel.layers.stochastic_depth import stochastic_depth
 from jaxmodel.models import bert, cnn, gpt2
+from jaxmodel.rng import fold
 
 MODEL = gpt2.model(gpt2.SIZES["tiny"])  # three layers in one segment
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 256, (64, 4)), jnp.int32)
@@ -53,7 +54,7 @@ def test_each_layer_has_its_rate_and_rows_are_the_path_that_was_drawn(params):
     shares = []
     for i, leaves in tree.unstack(params)["blocks"].items():
         y = run(leaves, x)
-        key = jax.random.fold_in(jax.random.fold_in(rng, int(i)), 2**32 - 1)
+        key = fold(jax.random.fold_in(rng, int(i)), "stochastic depth")
         p = rate * (int(i) + 1) / 3
         keep = jax.random.bernoulli(key, 1 - p, (64,))
         shares.append(1 - float(jnp.mean(keep.astype(jnp.float32))))
