@@ -29,7 +29,7 @@ _MOVED = {
         "data.images": "Images",
         "data": "Paired=WithUnlabelled Pairs=SyntheticSeq2Seq take=subset",
         "data.pack": "Bins=PackedRows",
-        "data.packed": "ShardWindows",
+        "data.packed_shards": "ShardWindows",
         "data.sources": "Documents records",
         "data.text": "NAMES Text",
     },

@@ -18,7 +18,7 @@ import pytest
 
 from jaxmodel import checkpoint, child, data, limits
 from jaxmodel.checkpoint import stored
-from jaxmodel.data.packed import ShardWindows
+from jaxmodel.data.packed_shards import ShardWindows
 from jaxmodel.data.sources import documents
 from jaxmodel.errors import InputError
 from jaxmodel.train.state import init_state

@@ -45,7 +45,7 @@ from jaxmodel.checkpoint.records import (
     zeros,
 )
 from jaxmodel.checkpoint.stored import stored
-from jaxmodel.data.files import check_protocol, is_remote
+from jaxmodel.data.storage import check_protocol, is_remote
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.progress import step as shown_step
 from jaxmodel.report.json_out import dumps, to_plain

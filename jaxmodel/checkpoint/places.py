@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodel import files
-from jaxmodel.data.files import is_remote
+from jaxmodel.data.storage import is_remote
 from jaxmodel.errors import InputError
 from jaxmodel.files import atomic_write
 from jaxmodel.limits import limits

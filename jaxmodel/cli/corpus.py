@@ -23,7 +23,7 @@ from jaxmodel import data, hub
 from jaxmodel.cli import tasks
 from jaxmodel.cli.options import Train
 from jaxmodel.data import examples, sources, text_pairs
-from jaxmodel.data.packed import ShardWindows
+from jaxmodel.data.packed_shards import ShardWindows
 from jaxmodel.errors import InputError
 from jaxmodel.progress import step
 

@@ -103,7 +103,7 @@ def check(options: Train) -> None:
     if options.out is not None:
         check_target(options.out, "config.json" if options.lora is None else "adapter_config.json")
     if options.checkpoints is not None and "://" in options.checkpoints:
-        data.files.check_protocol(options.checkpoints, "checkpoints", ("gs", "s3"))
+        data.storage.check_protocol(options.checkpoints, "checkpoints", ("gs", "s3"))
     elif options.checkpoints is not None:
         if Path(options.checkpoints).is_file():
             raise InputError(

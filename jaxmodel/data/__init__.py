@@ -25,7 +25,7 @@ from jaxmodel.data.image_folder import ImageFolder
 from jaxmodel.data.images import load_images
 from jaxmodel.data.mixture import Mixture
 from jaxmodel.data.pack import pack, windows
-from jaxmodel.data.packed import PackedShards
+from jaxmodel.data.packed_shards import PackedShards
 from jaxmodel.data.paired import WithUnlabelled
 from jaxmodel.data.shards import Shards, tokenize
 from jaxmodel.data.sources import documents

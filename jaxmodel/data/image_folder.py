@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodel import report
-from jaxmodel.data import files
+from jaxmodel.data import storage
 from jaxmodel.data.images import strip
 from jaxmodel.data.paired import WithUnlabelled
 from jaxmodel.data.stream import Batch
@@ -60,7 +60,7 @@ class ImageFolder:
         out of range; when read, a file that is not an image.
     """
 
-    folder: files.Where
+    folder: storage.Where
     resize: tuple[int, int]
     channels: int = 3
     classes: Sequence[str] | None = None
@@ -113,7 +113,7 @@ class ImageFolder:
 
     @cached_property
     def _below(self) -> list[str]:
-        return files.below(self.folder)
+        return storage.below(self.folder)
 
     @cached_property
     def paths(self) -> list[str]:
@@ -126,7 +126,7 @@ class ImageFolder:
         if self.classes is not None:
             return list(self.classes)
         found = {path.split("/")[0] for path in self._below if "/" in path}
-        if not files.is_remote(self.folder):
+        if not storage.is_remote(self.folder):
             found |= {
                 entry.name
                 for entry in os.scandir(Path(str(self.folder)))
@@ -166,7 +166,8 @@ class ImageFolder:
             digest.update(f"{self.reads}\n".encode())
         with bar(len(self), "digest images") as job:
             for path in self.paths:
-                digest.update(f"{path} {files.sha256(files.join(self.folder, path))}\n".encode())
+                own = storage.sha256(storage.join(self.folder, path))
+                digest.update(f"{path} {own}\n".encode())
                 job.advance()
         return digest.hexdigest()
 
@@ -182,8 +183,8 @@ class ImageFolder:
         """
         pixels = np.empty((len(indices), *self.resize, self.channels), np.float32)
         for i, index in enumerate(indices):
-            path = files.join(self.folder, self.paths[index])
-            with files.reading(path, unpack=False) as file:
+            path = storage.join(self.folder, self.paths[index])
+            with storage.reading(path, unpack=False) as file:
                 pixels[i] = self.processor([decode(file, self.channels, f"images: {path!r}")])[0]
         return {"pixels": pixels, "labels": self.labels[indices]}
 

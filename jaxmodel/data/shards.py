@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, Protocol, SupportsIndex, TypedDict, 
 import numpy as np
 
 from jaxmodel import schema
-from jaxmodel.data import files
+from jaxmodel.data import storage
 from jaxmodel.data.sources import Documents, documents
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.progress import Job, bar
@@ -106,10 +106,10 @@ class Shards:
       InputError: a folder without an index, or a shard that is missing or has another size.
     """
 
-    folder: files.Where
+    folder: storage.Where
 
     def __post_init__(self) -> None:
-        found = files.sizes(self.folder)
+        found = storage.sizes(self.folder)
         for shard in self.index["shards"]:
             for kind, size in zip(
                 _FILES,
@@ -119,7 +119,7 @@ class Shards:
                 name = shard[kind]
                 if found.get(name) != size:
                     given = f"has {found[name]:,} bytes" if name in found else "is missing"
-                    path = files.join(self.folder, name)
+                    path = storage.join(self.folder, name)
                     raise InputError(
                         f"shards: {path!r} {given}; it had {size:,} bytes: restore it, or {_ANEW}"
                     )
@@ -129,7 +129,7 @@ class Shards:
         """Return the content of index.json."""
         found = _read_index(self.folder)
         if found is None:
-            where = files.join(self.folder, INDEX)
+            where = storage.join(self.folder, INDEX)
             raise InputError(
                 f"shards: {where!r} is missing or incomplete; allowed: a folder that `tokenize` "
                 "finished"
@@ -226,8 +226,8 @@ class Shards:
         with bar(self.tokens, "verify shards", unit="token") as job:
             for shard in self.index["shards"]:
                 for kind in _FILES:
-                    path = files.join(self.folder, shard[kind])
-                    if files.sha256(path) != shard[kind.replace("file", "sha256")]:
+                    path = storage.join(self.folder, shard[kind])
+                    if storage.sha256(path) != shard[kind.replace("file", "sha256")]:
                         raise InputError(
                             f"shards: {path!r} has changed since it was written (another sha256): "
                             f"restore it, or {_ANEW}"
@@ -235,16 +235,16 @@ class Shards:
                 job.advance(shard["tokens"])
 
     @cached_property
-    def _tokens(self) -> list[files.Column]:
+    def _tokens(self) -> list[storage.Column]:
         return [self._column(shard, "tokens", self.dtype) for shard in self.index["shards"]]
 
     @cached_property
-    def _offsets(self) -> list[files.Column]:
+    def _offsets(self) -> list[storage.Column]:
         return [self._column(shard, "offsets", np.dtype("<i8")) for shard in self.index["shards"]]
 
-    def _column(self, shard: dict[str, Any], kind: str, dtype: np.dtype) -> files.Column:
-        return files.Column(
-            files.join(self.folder, shard[f"{kind}_file"]), dtype, shard[f"{kind}_sha256"]
+    def _column(self, shard: dict[str, Any], kind: str, dtype: np.dtype) -> storage.Column:
+        return storage.Column(
+            storage.join(self.folder, shard[f"{kind}_file"]), dtype, shard[f"{kind}_sha256"]
         )
 
     @cached_property
@@ -261,7 +261,7 @@ class Shards:
 def tokenize(
     texts: Documents | str | Path | Iterable[str],
     tokenizer: Encoder,
-    folder: files.Where,
+    folder: storage.Where,
     *,
     shard_tokens: int = 2**27,
     eos: bool = True,
@@ -328,12 +328,12 @@ def tokenize(
     if not shards:
         raise InputError("texts: no document has a token; allowed: at least one that has")
     totals = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens")}
-    with files.writing(files.join(folder, INDEX)) as file:
+    with storage.writing(storage.join(folder, INDEX)) as file:
         file.write(json.dumps({**head, "key": key, **totals, "shards": shards}, indent=1).encode())
     names = {shard[kind] for shard in shards for kind in _FILES}
-    for name in files.sizes(folder):
+    for name in storage.sizes(folder):
         if _OURS.fullmatch(name) and name not in names:
-            files.remove(files.join(folder, name))
+            storage.remove(storage.join(folder, name))
     return Shards(folder)
 
 
@@ -369,15 +369,15 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _write_shard(
-    folder: files.Where, name: str, rows: Iterable[np.ndarray], limit: int
+    folder: storage.Where, name: str, rows: Iterable[np.ndarray], limit: int
 ) -> dict[str, Any]:
     """Write documents until there are `limit` tokens; return their entry in the index."""
     paths = {"tokens_file": f"tokens-{name}.bin", "offsets_file": f"offsets-{name}.bin"}
-    first, second = (files.join(folder, path) for path in paths.values())
+    first, second = (storage.join(folder, path) for path in paths.values())
     sums = hashlib.sha256(), hashlib.sha256()
     total = 0
     count = 0
-    with files.writing(first) as tokens, files.writing(second) as offsets:
+    with storage.writing(first) as tokens, storage.writing(second) as offsets:
         for row in chain([None], rows):
             if row is not None:
                 total = total + len(row)
@@ -398,11 +398,11 @@ def _write_shard(
     return {**paths, "documents": count, "tokens": total, **digests}
 
 
-def _read_index(folder: files.Where) -> dict[str, Any] | None:
+def _read_index(folder: storage.Where) -> dict[str, Any] | None:
     """Return the index, or None if there is none that is complete."""
-    if INDEX not in files.sizes(folder):
+    if INDEX not in storage.sizes(folder):
         return None
-    with files.reading(files.join(folder, INDEX)) as file:
+    with storage.reading(storage.join(folder, INDEX)) as file:
         raw = file.read()
     with suppress(InputError):
         found = schema.make(schema.parse(raw, INDEX), _Index, INDEX)

@@ -14,7 +14,7 @@
 
 ArrayRecord files are read locally, so one behind a URL is first copied to a temporary file.
 Files may be compressed (`.gz`), given by patterns (`texts/*.jsonl`, `**`), and remote, behind a URL
-of `files.PROTOCOLS`.
+of `storage.PROTOCOLS`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 
 from jaxmodel import child, schema
 from jaxmodel.brief import briefly
-from jaxmodel.data import files
+from jaxmodel.data import storage
 from jaxmodel.data.text import (
     NAMES,
     RECORDS,
@@ -105,7 +105,7 @@ class Documents:
         """Return a SHA-256 that changes with the documents.
 
         It covers the content of small local files, and sizes and times of others (see
-        `files.stamp`). For a data set at the hub it covers only the name: what is published there
+        `storage.stamp`). For a data set at the hub it covers only the name: what is published there
         is assumed not to change.
         """
         stamps = [[_kind(part), *_stamps(part)] for part in self.parts]
@@ -193,21 +193,23 @@ def _resolve(given: str | Path) -> list[str]:
     name = str(given)
     if isinstance(given, str) and (given in NAMES or given.startswith("hf:")):
         return [given]
-    path = name if files.is_remote(name) else os.path.expanduser(name)
+    path = name if storage.is_remote(name) else os.path.expanduser(name)
     path = os.path.join(".", path) if path in NAMES else path
     if _is_saved(path):
         return [path]
-    found = files.find(path)
+    found = storage.find(path)
     if (
         not found
-        and not files.is_remote(path)
+        and not storage.is_remote(path)
         and not glob.has_magic(path)
         and not os.path.isdir(path)
     ):
         raise no_file(name, Path(path))
     if not found:
         kind = (
-            "no file has this name" if glob.has_magic(path) or files.is_remote(path) else "a folder"
+            "no file has this name"
+            if glob.has_magic(path) or storage.is_remote(path)
+            else "a folder"
         )
         allowed = "a file, a pattern such as 'folder/*.jsonl', or a folder that `datasets` saved"
         raise InputError(f"data source: {name!r} given: {kind}; allowed: {allowed}")
@@ -215,7 +217,7 @@ def _resolve(given: str | Path) -> list[str]:
 
 
 def _is_saved(path: str) -> bool:
-    return not glob.has_magic(path) and any(name in files.sizes(path) for name in _SAVED)
+    return not glob.has_magic(path) and any(name in storage.sizes(path) for name in _SAVED)
 
 
 def _kind(part: str) -> str:
@@ -235,8 +237,8 @@ def _stamps(part: str) -> list[str]:
     if kind == "hub":
         return [part]
     if kind == "folder":
-        return [files.stamp(files.join(part, name)) for name in files.below(part)]
-    return [files.stamp(part)]
+        return [storage.stamp(storage.join(part, name)) for name in storage.below(part)]
+    return [storage.stamp(part)]
 
 
 # ------------------------------------------------------------------------------------------ formats
@@ -245,7 +247,7 @@ def _stamps(part: str) -> list[str]:
 def _lines(part: str) -> Iterator[str]:
     offset = 0
     # no other character of UTF-8 contains the byte of a line feed, so each line can be decoded
-    for line in files.lines(part):
+    for line in storage.lines(part):
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -264,18 +266,18 @@ def _json(part: str, field: str | None) -> Iterator[tuple[str, Any]]:
     """
     first = b""
     if part.lower().removesuffix(".gz").endswith(".json"):
-        first = next((line for line in files.lines(part) if line.strip()), b"")
+        first = next((line for line in storage.lines(part) if line.strip()), b"")
     if first.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
         records = _loads(
             part,
             "the file",
-            b"".join(files.lines(part, files.LONGEST)),
+            b"".join(storage.lines(part, storage.LONGEST)),
             f"a list of {_objects(field)}",
         )
         for i, record in enumerate(records, 1):
             yield f"entry {i}", _field(part, f"entry {i}", record, field)
         return
-    for i, line in enumerate(files.lines(part), 1):
+    for i, line in enumerate(storage.lines(part), 1):
         if line.strip():
             yield f"line {i}", _from_json(part, f"line {i}", line, field)
 
@@ -332,7 +334,7 @@ def _field(part: str, where: str, record: Any, field: str | None) -> Any:
 def _parquet(part: str, field: str | None) -> Iterator[Any]:
     parquet = require("pyarrow.parquet", "data")
     what = f"data source: {part!r} is not a complete Parquet file"
-    with files.local(part) as path, files.reading(path, unpack=False) as raw, border(what):
+    with storage.local(part) as path, storage.reading(path, unpack=False) as raw, border(what):
         _try("table", path, what, field=field)
         file = parquet.ParquetFile(raw)
         if field is not None and field not in file.schema_arrow.names:
@@ -346,7 +348,7 @@ def _parquet(part: str, field: str | None) -> Iterator[Any]:
 def _array_record(part: str, field: str | None) -> Iterator[Any]:
     records = require("array_record.python.array_record_module", "data")
     what = f"data source: {part!r} is not a complete ArrayRecord file"
-    with files.local(part) as path, border(what):
+    with storage.local(part) as path, border(what):
         _try("records", path, what)
         reader = records.ArrayRecordReader(path)
         count = reader.num_records()
@@ -364,11 +366,11 @@ def _try(kind: str, path: str, what: str, **more: Any) -> None:
 
     Some damaged files would end this process or take all of its memory.
     """
-    with files.naming(path):
+    with storage.naming(path):
         info = os.stat(path)
         key = (kind, os.path.realpath(path), info.st_size, info.st_mtime_ns, *more.values())
         if key not in _tried:
-            files.open_regular(path).close()
+            storage.open_regular(path).close()
             child.tried(kind, path, what, **more)
             _tried.add(key)
 

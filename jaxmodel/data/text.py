@@ -36,7 +36,7 @@ from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
 from jaxmodel.brief import briefly
-from jaxmodel.data import files
+from jaxmodel.data import storage
 from jaxmodel.errors import InputError, nearest, require
 from jaxmodel.files import read_bytes
 from jaxmodel.report import html
@@ -131,12 +131,12 @@ def load_text(source: str | Path) -> Text:
         raise InputError(
             f"data source: {name!r} has the name of a file of records; allowed: {allowed}"
         )
-    elif files.is_remote(name):
-        with files.reading(name, unpack=False) as file:
-            raw = file.read(files.LONGEST + 1)
-            if len(raw) > files.LONGEST:
+    elif storage.is_remote(name):
+        with storage.reading(name, unpack=False) as file:
+            raw = file.read(storage.LONGEST + 1)
+            if len(raw) > storage.LONGEST:
                 raise InputError(
-                    f"data source: {name!r} is larger than {files.LONGEST:,} bytes, the largest "
+                    f"data source: {name!r} is larger than {storage.LONGEST:,} bytes, the largest "
                     "size that is held"
                 )
             text = _decode(name, raw)
@@ -244,7 +244,7 @@ def _read(given: str, path: Path) -> str:
     if not path.is_file():
         raise no_file(given, path)
     try:
-        return _decode(given, read_bytes(path, files.LONGEST))
+        return _decode(given, read_bytes(path, storage.LONGEST))
     except OSError as error:
         raise InputError(f"data source: {given!r} cannot be read: {error.strerror}") from None
 

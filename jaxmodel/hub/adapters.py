@@ -32,8 +32,9 @@ from jaxmodel.axes import role_of
 from jaxmodel.errors import InputError, border, nearest
 from jaxmodel.hub import schemas
 from jaxmodel.hub.families import family_of
-from jaxmodel.hub.files import open_files, replacing
 from jaxmodel.hub.names import Name, find, layer_shapes, to_file
+from jaxmodel.hub.saving import replacing
+from jaxmodel.hub.weights import open_files
 from jaxmodel.leaves import Compressed
 from jaxmodel.leaves.adapted import SUFFIX
 from jaxmodel.models import Model

@@ -41,15 +41,9 @@ from jaxmodel.hub import (
 )
 from jaxmodel.hub.assemble import assemble, settle
 from jaxmodel.hub.families import OWN, family_of, family_of_kind
-from jaxmodel.hub.files import (
-    WEIGHTS,
-    check_depth,
-    check_target,
-    count_tensors,
-    open_folder,
-    replacing,
-)
 from jaxmodel.hub.names import Family, Name, check_fields, find, layer_shapes, to_file
+from jaxmodel.hub.saving import check_target, replacing
+from jaxmodel.hub.weights import WEIGHTS, check_depth, count_tensors, open_folder
 from jaxmodel.leaves.fields import digest
 from jaxmodel.leaves.leaf import to_tensors
 from jaxmodel.leaves.sparse import expand

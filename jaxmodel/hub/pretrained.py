@@ -18,11 +18,11 @@ from jaxmodel.hub.assemble import assemble
 from jaxmodel.hub.blocks import Blocks
 from jaxmodel.hub.bundle import OURS, Bundle, check_vocabulary, load
 from jaxmodel.hub.families import family_of_kind
-from jaxmodel.hub.files import check_depth
 from jaxmodel.hub.gguf import PLAIN_TYPES, find_smollm2, read_gguf
 from jaxmodel.hub.names import check_fields
 from jaxmodel.hub.published import WEIGHTS, where
 from jaxmodel.hub.schemas import Adapter
+from jaxmodel.hub.weights import check_depth
 from jaxmodel.models import sizes
 from jaxmodel.ops import Policy
 

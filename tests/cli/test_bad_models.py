@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxmodel import hub
 from jaxmodel.cli import main
-from jaxmodel.hub.files import Folder
+from jaxmodel.hub.weights import Folder
 from jaxmodel.models import gpt2
 
 GOLDENS = Path(__file__).parents[1] / "hub" / "goldens"

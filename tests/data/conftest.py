@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from jaxmodel.data import Shards, files, tokenize
+from jaxmodel.data import Shards, storage, tokenize
 
 
 class Bytes:
@@ -50,7 +50,7 @@ _number = itertools.count()
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A URL of a folder that fsspec keeps in memory, which only tests may open."""
-    monkeypatch.setattr(files, "PROTOCOLS", (*files.PROTOCOLS, "memory"))
+    monkeypatch.setattr(storage, "PROTOCOLS", (*storage.PROTOCOLS, "memory"))
     folder = f"tests-{next(_number)}"
     yield f"memory://{folder}"
     fs = fsspec.filesystem("memory")

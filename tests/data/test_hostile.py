@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxmodel import child, limits, schema
-from jaxmodel.data import ImageFolder, Shards, documents, files, load_text
+from jaxmodel.data import ImageFolder, Shards, documents, load_text, storage
 from jaxmodel.errors import InputError
 from jaxmodel.hub import decode
 from jaxmodel.hub.images import ImageProcessor, resize
@@ -71,7 +71,7 @@ def test_folders_that_lead_back(tmp_path: Path) -> None:
     (tmp_path / "a" / "x.txt").write_text("x")
     for name in ("up", "up2", "a/up"):
         (tmp_path / name).symlink_to(tmp_path)
-    assert files.below(str(tmp_path)) == ["a/x.txt"]
+    assert storage.below(str(tmp_path)) == ["a/x.txt"]
 
 
 def packed(piece: bytes, times: int) -> bytes:
@@ -82,7 +82,7 @@ def packed(piece: bytes, times: int) -> bytes:
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz"])
 def test_a_text_without_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "LONGEST", 2**20)
+    monkeypatch.setattr(storage, "LONGEST", 2**20)
     file = tmp_path / name
     for piece, says in (
         (b"x" * 2**16, "a line is longer than 1,048,576 bytes"),

@@ -14,7 +14,7 @@ from PIL import Image
 
 from jaxmodel import data
 from jaxmodel.data import Batches, Shards, Stream, prefetch
-from jaxmodel.data.packed import ShardWindows
+from jaxmodel.data.packed_shards import ShardWindows
 from jaxmodel.data.stream import Batch
 
 BATCH = 24
@@ -168,10 +168,10 @@ def test_images_are_read_by_their_host_only(
     make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     opened = []
-    reading = data.files.reading
+    reading = data.storage.reading
     stream = make("images", 3)
     monkeypatch.setattr(
-        data.files,
+        data.storage,
         "reading",
         lambda path, **options: opened.append(path) or reading(path, **options),
     )

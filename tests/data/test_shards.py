@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from jaxmodel import hub
-from jaxmodel.data import PackedShards, Shards, documents, files, shards as module, tokenize
+from jaxmodel.data import PackedShards, Shards, documents, shards as module, storage, tokenize
 from jaxmodel.errors import InputError
 
 TEXTS = [f"text {i} " * (1 + i % 5) for i in range(30)]
@@ -372,6 +372,6 @@ def test_bad_input(shards_of: Callable[..., Shards], byte_tokenizer: Any, tmp_pa
 
 def test_ranges_of_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(np.arange(10, dtype="<i4").tobytes())
-    column = files.Column(str(tmp_path / "a"), np.dtype("<i4"))
+    column = storage.Column(str(tmp_path / "a"), np.dtype("<i4"))
     assert column.read(2, 5).tolist() == [2, 3, 4] and column.read(2, 5).flags.writeable
     assert column.take(np.array([7, 0, 3]), np.array([2, 0, 1])).tolist() == [7, 8, 3]

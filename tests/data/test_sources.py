@@ -242,7 +242,7 @@ def test_a_digest_is_that_of_the_content(
     fs.pipe_file(url, b"two!")
     assert documents(url).digest() != first
 
-    monkeypatch.setattr(module.files, "_CONTENT_UP_TO", 0)  # a large file: size and time
+    monkeypatch.setattr(module.storage, "_CONTENT_UP_TO", 0)  # a large file: size and time
     first = before.digest()
     os.utime(tmp_path / "a.txt", ns=(1, 1))
     assert before.digest() != first and documents("pydoc").digest() == documents("pydoc").digest()

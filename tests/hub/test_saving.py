@@ -154,7 +154,7 @@ import os, resource, signal, sys
 from jaxmodel import hub, tree
 from jaxmodel.errors import InputError
 from jaxmodel.hub import bundle as bundles
-from jaxmodel.hub import files
+from jaxmodel.hub import saving
 
 source, out, stage = sys.argv[1:]
 bundle = hub.from_pretrained(source)
@@ -177,11 +177,11 @@ def half(tensors, path, metadata):
     os.truncate(path, os.path.getsize(path) // 2)
     kill()
 
-sync = files._sync
+sync = saving._sync
 if stage == "weights":
     bundles.save_file = half
 else:
-    files._sync = lambda path: kill() if path == bundles.Path(out).parent else sync(path)
+    saving._sync = lambda path: kill() if path == bundles.Path(out).parent else sync(path)
 bundle.save_pretrained(out)
 """
 

@@ -37,7 +37,7 @@ def test_a_row_is_what_it_was_or_scaled():
     np.testing.assert_allclose(
         stochastic_depth(x, y, 0.0, jax.random.key(3)), y, rtol=1e-5, atol=1e-6
     )
-    other = stochastic_depth(x, y, 0.25, jax.random.key(3), site=1)
+    other = stochastic_depth(x, y, 0.25, jax.random.key(3), "another place")
     assert not np.array_equal(out, other)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from jaxmodel.data import PackedShards, Rows, Shards, Stream, pack, packed, tokenize, windows
+from jaxmodel.data import PackedShards, Rows, Shards, Stream, pack, packed_shards, tokenize, windows
 from jaxmodel.data.pack import PackedRows
-from jaxmodel.data.packed import ShardWindows
+from jaxmodel.data.packed_shards import ShardWindows
 from jaxmodel.errors import InputError
 
 TEXTS = ["".join(chr(97 + (i * 7 + j * j) % 26) for j in range(1 + i * 31 % 40)) for i in range(50)]
@@ -60,7 +60,7 @@ def test_bins_are_those_of_pack(
 ) -> None:
     shards = shards_of(texts, shard_tokens=40)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed, "WINDOW", window)
+        patch.setattr(packed_shards, "WINDOW", window)
         rows = PackedShards(shards, length)
         assert equal(everything(rows), by_pack(shards, length, window))
         assert rows.fill == pytest.approx(everything(rows).fill)
@@ -102,12 +102,12 @@ def test_a_plan_is_made_once(
         ".sizes",
         ".firsts",
     }
-    make = packed.first_fit
-    monkeypatch.setattr(packed, "first_fit", None)
+    make = packed_shards.first_fit
+    monkeypatch.setattr(packed_shards, "first_fit", None)
     assert equal(everything(PackedShards(Shards(shards.folder), 17)), everything(first))
     with pytest.raises(TypeError):
         PackedShards(shards, 18)
-    monkeypatch.setattr(packed, "first_fit", make)
+    monkeypatch.setattr(packed_shards, "first_fit", make)
     PackedShards(shards, 17, folder=str(tmp_path / "plans"))
     assert len(list((tmp_path / "plans").iterdir())) == 4
 
@@ -137,7 +137,7 @@ def test_plans_of_other_shards_go_with_them(byte_tokenizer: Any, tmp_path: Path)
     old = PackedShards(tokenize(TEXTS, byte_tokenizer(), tmp_path), 17)
     new = PackedShards(tokenize(TEXTS[1:], byte_tokenizer(), tmp_path), 17)
     assert len(list(tmp_path.iterdir())) == 3 + 4 and new.fingerprint != old.fingerprint
-    assert equal(everything(new), by_pack(new.shards, 17, packed.WINDOW))
+    assert equal(everything(new), by_pack(new.shards, 17, packed_shards.WINDOW))
 
 
 def test_behind_a_url(shards_of: Make, byte_tokenizer: Any, memory: str, tmp_path: Path) -> None:

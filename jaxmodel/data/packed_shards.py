@@ -23,7 +23,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from jaxmodel import schema
-from jaxmodel.data import files
+from jaxmodel.data import storage
 from jaxmodel.data.pack import PackedRows, cut, first_fit
 from jaxmodel.data.shards import Shards
 from jaxmodel.errors import InputError, at_least
@@ -54,7 +54,7 @@ class PackedShards:
 
     shards: Shards
     length: int
-    folder: files.Where | None = None
+    folder: storage.Where | None = None
 
     def __post_init__(self) -> None:
         at_least("length", self.length, 2)
@@ -89,11 +89,11 @@ class PackedShards:
         Raises:
           InputError: a file that is not what was written.
         """
-        with files.reading(f"{self._path}.json") as file:
+        with storage.reading(f"{self._path}.json") as file:
             digests = _head(file.read())["sha256"]
         for name in _ARRAYS:
             path = f"{self._path}.{name}"
-            if files.sha256(path) != digests[name]:
+            if storage.sha256(path) != digests[name]:
                 raise InputError(
                     f"plan: {path!r} has changed since it was written (another sha256): delete it, "
                     "and it is made again"
@@ -107,7 +107,7 @@ class PackedShards:
         begins = starts.take(edges[:, 0], pieces)
         counts = sizes.take(edges[:, 0], pieces).astype(np.int64)
         tokens = self.shards.read(begins, counts)
-        segments = files.ranges(np.ones_like(pieces), pieces)
+        segments = storage.ranges(np.ones_like(pieces), pieces)
         filled = np.bincount(np.repeat(np.arange(len(indices)), pieces), counts, len(indices))
         held = np.arange(self.length) < filled[:, None]
 
@@ -122,29 +122,29 @@ class PackedShards:
         return PackedRows(
             place(tokens),
             place(np.repeat(segments, counts)),
-            place(files.ranges(np.zeros_like(counts), counts)),
+            place(storage.ranges(np.zeros_like(counts), counts)),
         )
 
     @property
     def _path(self) -> str:
         """Return the path of the plan without an ending."""
-        return files.join(
+        return storage.join(
             self.folder or self.shards.folder, f"pack-{self.length}-{self.fingerprint[:16]}"
         )
 
     @cached_property
     def _bins(self) -> int:
         return (
-            files.sizes(self.folder or self.shards.folder)[f"{Path(self._path).name}.firsts"] // 8
+            storage.sizes(self.folder or self.shards.folder)[f"{Path(self._path).name}.firsts"] // 8
             - 1
         )
 
     @cached_property
-    def _columns(self) -> list[files.Column]:
-        with files.reading(f"{self._path}.json") as file:
+    def _columns(self) -> list[storage.Column]:
+        with storage.reading(f"{self._path}.json") as file:
             digests = _head(file.read())["sha256"]
         return [
-            files.Column(f"{self._path}.{name}", dtype, digests[name])
+            storage.Column(f"{self._path}.{name}", dtype, digests[name])
             for name, dtype in _ARRAYS.items()
         ]
 
@@ -216,11 +216,11 @@ def _head(raw: bytes) -> Any:
 
 def _is_whole(path: str, fingerprint: str) -> bool:
     """Return whether there is a finished plan whose arrays have the recorded lengths."""
-    found = files.sizes(os.path.dirname(path))
+    found = storage.sizes(os.path.dirname(path))
     name = Path(path).name
     if f"{name}.json" not in found:
         return False
-    with files.reading(f"{path}.json") as file, suppress(InputError):
+    with storage.reading(f"{path}.json") as file, suppress(InputError):
         head = _head(file.read())
         here = {array: found.get(f"{name}.{array}") for array in _ARRAYS}
         return (head["fingerprint"], head["bytes"]) == (fingerprint, here)
@@ -232,7 +232,7 @@ def _make_plan(shards: Shards, length: int, path: str, fingerprint: str) -> None
     digests = {name: hashlib.sha256() for name in _ARRAYS}
     with ExitStack() as stack:
         job = stack.enter_context(bar(len(shards), "pack documents", unit="document"))
-        out = {name: stack.enter_context(files.writing(f"{path}.{name}")) for name in _ARRAYS}
+        out = {name: stack.enter_context(storage.writing(f"{path}.{name}")) for name in _ARRAYS}
 
         def write(**arrays: np.ndarray) -> None:
             for name, array in arrays.items():
@@ -253,7 +253,7 @@ def _make_plan(shards: Shards, length: int, path: str, fingerprint: str) -> None
             write(starts=offsets[0] + starts[order], sizes=sizes[order], firsts=edges)
             total = edges[-1:]
             job.advance(end - begin)
-    with files.writing(f"{path}.json") as file:
+    with storage.writing(f"{path}.json") as file:
         sums = {name: digest.hexdigest() for name, digest in digests.items()}
         file.write(
             json.dumps({"fingerprint": fingerprint, "bytes": written, "sha256": sums}).encode()
