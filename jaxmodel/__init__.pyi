@@ -21,6 +21,7 @@ from . import (
     plan as plan,
     progress as progress,
     report as report,
+    rng as rng,
     schema as schema,
     sharding as sharding,
     train as train,
