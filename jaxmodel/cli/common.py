@@ -23,7 +23,7 @@ NAMES = (
     "wikitext2-test",
     "wikitext2-valid",
 )
-"""Texts that have a name: `data.text.NAMES`."""
+"""Texts that have a name, those of `data.text.NAMES`: the help does not import the package."""
 TEXT = f"a UTF-8 file, '-' for standard input, or one of {', '.join(NAMES)}"
 
 

@@ -18,12 +18,12 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from jaxmodel.brief import briefly
+from jaxmodel.data.cached import cached
 from jaxmodel.data.pack import first_fit
 from jaxmodel.data.sources import Source, documents, records
 from jaxmodel.data.stream import Batch
@@ -96,13 +96,9 @@ class Answers:
     firsts: np.ndarray
     length: int
 
-    @property
+    @cached
     def fingerprint(self) -> str:
         """Return the SHA-256 of all fields."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
         digest = hashlib.sha256(f"answers 1 {self.length}\n".encode())
         for a, kind in (
             (self.ids, "<i4"),

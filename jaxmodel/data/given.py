@@ -6,11 +6,11 @@ import hashlib
 import operator
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, SupportsIndex
 
 import numpy as np
 
+from jaxmodel.data.cached import cached
 from jaxmodel.data.stream import Batch, Batches, Rows, Stream, global_rows
 from jaxmodel.errors import InputError
 
@@ -126,13 +126,9 @@ class Listed:
         """Return the number of rows of all batches."""
         return len(self._batches) * self.batch_size
 
-    @property
+    @cached
     def fingerprint(self) -> str:
         """Return the SHA-256 of the arrays."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
         digest = hashlib.sha256(f"batches 1 {len(self._batches)}\n".encode())
         for batch in self._batches:
             for name, a in sorted(batch.items()):

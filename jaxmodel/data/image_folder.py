@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxmodel import report
 from jaxmodel.data import storage
+from jaxmodel.data.cached import cached
 from jaxmodel.data.images import strip
 from jaxmodel.data.paired import WithUnlabelled
 from jaxmodel.data.stream import Batch
@@ -152,13 +153,9 @@ class ImageFolder:
             size=size, crop=self.resize, mean=(0.0,) * self.channels, std=(1.0,) * self.channels
         )
 
-    @property
+    @cached
     def fingerprint(self) -> str:
         """Return the SHA-256 of sizes, classes, names and digests of all files, which it reads."""
-        return self._fingerprint  # pyright takes no cached property for that of a protocol
-
-    @cached_property
-    def _fingerprint(self) -> str:
         digest = hashlib.sha256(
             f"image folder 2 {self.resize} {self.channels} {self.names}\n".encode()
         )

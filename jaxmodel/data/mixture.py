@@ -13,6 +13,7 @@ from typing import SupportsIndex
 import numpy as np
 
 from jaxmodel.brief import briefly
+from jaxmodel.data.cached import cached
 from jaxmodel.data.stream import Batch, Batches, consecutive, global_rows
 from jaxmodel.errors import InputError, at_least
 
@@ -71,16 +72,12 @@ class Mixture:
                 raise InputError(f"components: {given}; allowed: equal fields, dtypes and widths")
         _ = self._counts  # compute it now, so that no step waits for it
 
-    @property
+    @cached
     def fingerprint(self) -> str:
         """Return the SHA-256 of the components' fingerprints, shares and batch size.
 
         Equal fingerprints mean equal batches at every step.
         """
-        return self._fingerprint  # pyright takes no cached property for that of a protocol
-
-    @cached_property
-    def _fingerprint(self) -> str:
         parts = [
             f"{stream.fingerprint} {share}"
             for (stream, _), share in zip(self.components, self.shares, strict=True)

@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxmodel import schema
 from jaxmodel.data import storage
+from jaxmodel.data.cached import cached
 from jaxmodel.data.pack import PackedRows, cut, first_fit
 from jaxmodel.data.shards import Shards
 from jaxmodel.errors import InputError, at_least
@@ -66,13 +67,9 @@ class PackedShards:
         """Return the share of positions that hold a token."""
         return self.shards.tokens / (len(self) * self.length)
 
-    @property
+    @cached
     def fingerprint(self) -> str:
         """Return the SHA-256 of the shards' digests and the length; it costs nothing."""
-        return self._fingerprint  # pyright takes no cached property for that of a protocol
-
-    @cached_property
-    def _fingerprint(self) -> str:
         return hashlib.sha256(
             f"packed 1 {self.length} {WINDOW} {self.shards.fingerprint}".encode()
         ).hexdigest()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
 from typing import SupportsIndex
 
 from jaxmodel.brief import briefly
+from jaxmodel.data.cached import cached
 from jaxmodel.data.stream import Batch, Batches, global_rows
 from jaxmodel.errors import InputError
 
@@ -70,13 +70,9 @@ class WithUnlabelled:
         """Return the rows of the first stream in a batch, B."""
         return self.stream.batch_size
 
-    @property
+    @cached
     def fingerprint(self) -> str:
         """Return the SHA-256 of both fingerprints; if equal, batches are equal at every step."""
-        return self._fingerprint  # pyright takes no cached property for that of a protocol
-
-    @cached_property
-    def _fingerprint(self) -> str:
         return hashlib.sha256(
             f"paired 1 {self.stream.fingerprint} {self.other.fingerprint}".encode()
         ).hexdigest()

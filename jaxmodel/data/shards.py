@@ -26,6 +26,7 @@ import numpy as np
 
 from jaxmodel import schema
 from jaxmodel.data import storage
+from jaxmodel.data.cached import cached
 from jaxmodel.data.sources import Documents, documents
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.progress import Job, bar
@@ -146,13 +147,9 @@ class Shards:
         """Return the number of tokens in all documents."""
         return self.index["tokens"]
 
-    @property
+    @cached
     def fingerprint(self) -> str:
         """Return the SHA-256 of all digests, the tokenizer and the filter's name; it is cheap."""
-        return self._fingerprint  # pyright takes no cached property for that of a protocol
-
-    @cached_property
-    def _fingerprint(self) -> str:
         digests = [
             [shard["tokens_sha256"], shard["offsets_sha256"]] for shard in self.index["shards"]
         ]

@@ -12,6 +12,7 @@ from typing import Any, Protocol, SupportsIndex, runtime_checkable
 import numpy as np
 
 from jaxmodel.brief import briefly
+from jaxmodel.data.cached import cached
 from jaxmodel.data.pack import PackedRows
 from jaxmodel.data.shuffle import SORTED_UP_TO, permute
 from jaxmodel.errors import InputError, at_least
@@ -38,7 +39,7 @@ class Batches(Protocol):
         """Return the rows in a whole batch, B, whatever the number of hosts."""
         ...
 
-    @property
+    @cached
     def fingerprint(self) -> str:
         """Return a SHA-256 in hexadecimal; if equal, batches are equal at every step."""
         ...
@@ -181,12 +182,6 @@ class Stream:
 
         Equal fingerprints mean equal batches at every step.
         """
-        return (
-            self._fingerprint
-        )  # pyright rejects a cached property where a protocol has a property
-
-    @cached_property
-    def _fingerprint(self) -> str:
         version = 1 if self.count <= SORTED_UP_TO else 2  # version 1 sorted orders of any size
         if isinstance(self.data, Mapping):
             digest = hashlib.sha256(
