@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmodel import report, tree
+from jaxmodel import report, rng, tree
 from jaxmodel.adapt.adapters import split_adapters
 from jaxmodel.axes import Axes, roles as of_roles
 from jaxmodel.brief import briefly
+from jaxmodel.compress.draft import draft_of, store
 from jaxmodel.compress.method import Chain
 from jaxmodel.compress.observe import Stats
 from jaxmodel.compress.recipe_file import to_record
@@ -75,6 +76,7 @@ def apply(
     params: tree.Params,
     stats: Stats | None = None,
     axes: Axes | None = None,
+    key: jax.Array | None = None,
 ) -> tuple[tree.Params, Report]:
     """Compress each leaf by the chain of methods that the recipe's rules give it.
 
@@ -126,8 +128,9 @@ def apply(
             )
         if chain:
             check_weights(leaf, f"recipe: {write(chain)!r} is given to {path!r}")
-        out[path] = run_chain(chain, leaf, stats_of(path, stats, where))
-        rows.append(_row(path, chain, leaf, out[path]))
+        found = stats_of(path, stats, where) or {}
+        out[path], notes = run_chain(chain, leaf, found, _keys(path, key), path)
+        rows.append(_row(path, chain, leaf, out[path], found, notes))
     result = tree.stack(tree.unflatten(out))
     after = tree.nbytes(result)
     return result, Report(before, after, 8 * after / max(tree.count(result), 1), tuple(rows))
@@ -157,14 +160,64 @@ def compress_bundle(
     ), done
 
 
-def run_chain(chain: Chain, leaf: Any, stats: Any = None) -> Any:
-    """Apply a chain of methods to one leaf."""
+def run_chain(
+    chain: Chain,
+    leaf: Any,
+    stats: Mapping[str, jax.Array],
+    keys: jax.Array,
+    path: str = "the leaf",
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Apply a chain of methods to one leaf.
+
+    Args:
+      chain: methods, in order.
+      leaf: `[..., out, in]`, plain or compressed.
+      stats: of the contraction's input, with the leading axes of the leaf.
+      keys: keys with these axes.
+      path: of the leaf, for errors.
+
+    Returns:
+      The compressed leaf and the notes of its methods.
+
+    Raises:
+      InputError: a method needs statistics that are missing, or does not take the leaf.
+    """
+    if not chain:
+        return leaf, {}
+    wanted = dict.fromkeys(name for method in chain for name in (*method.needs, "count"))
     for method in chain:
-        leaf = method(leaf, stats)
-    return leaf
+        for name in method.needs:
+            if name not in stats:
+                raise InputError(
+                    f"stats: {str(method)!r} needs {name!r} of the input of {path!r}, which "
+                    f"was not measured; give batches to compress_bundle, or stats from observe(..., "
+                    f"statistics=[{name!r}])"
+                )
+    own = {name: stats[name] for name in wanted if name in stats}
+    draft = draft_of(chain, leaf, own, keys)
+    if draft.keep is None and draft.grid is None and draft.scale is None and not draft.hadamard:
+        return leaf, {}  # nothing was done: not even the dtype changes
+    return store(draft), draft.notes
 
 
-def _row(path: str, chain: Chain, before: Any, after: Any) -> dict[str, Any]:
+def _keys(path: str, key: jax.Array | None) -> jax.Array:
+    """Return a key for each layer of a leaf, the same however the layers are stacked."""
+    key = jax.random.key(0) if key is None else key
+    each = [rng.fold(key, layer) for layer in tree.layer_paths(path)]
+    return jnp.stack(each) if tree.is_stacked(path) else each[0]
+
+
+def _row(
+    path: str,
+    chain: Chain,
+    before: Any,
+    after: Any,
+    stats: Mapping[str, jax.Array],
+    notes: Mapping[str, jax.Array],
+) -> dict[str, Any]:
+    more = {name: float(jnp.max(note)) for name, note in notes.items()}
+    if chain and "gram" in stats:
+        more["output_error"] = float(_output_error(before, after, stats["gram"]))
     return {
         "path": path,
         "method": write(chain),
@@ -174,6 +227,7 @@ def _row(path: str, chain: Chain, before: Any, after: Any) -> dict[str, Any]:
         "bytes_after": tree.nbytes(after),
         "bits_per_weight": 8 * tree.nbytes(after) / max(math.prod(after.shape), 1),
         "relative_error": float(_relative_error(before, after)) if chain else 0.0,
+        **more,
     }
 
 
@@ -182,3 +236,10 @@ def _relative_error(before: Any, after: Any) -> jax.Array:
     was = decode(before, jnp.float32)
     now = decode(after, jnp.float32)
     return jnp.sqrt(jnp.sum((was - now) ** 2) / jnp.maximum(jnp.sum(was**2), 1e-30))
+
+
+@jax.jit
+def _output_error(before: Any, after: Any, gram: jax.Array) -> jax.Array:
+    was = decode(before, jnp.float32)
+    size = lambda weight: jnp.einsum("...oi,...ij,...oj->", weight, gram, weight)
+    return jnp.sqrt(size(was - decode(after, jnp.float32)) / jnp.maximum(size(was), 1e-30))

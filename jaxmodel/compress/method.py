@@ -9,9 +9,12 @@ A chain is a tuple of methods, applied in order. The command line takes it as te
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import ClassVar
+
+import jax
 
 from jaxmodel import text_form
+from jaxmodel.compress.draft import Draft, LeafStats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,17 +25,16 @@ class Method(text_form.Member, kind="method", example="magnitude(0.5) | rtn(bits
     command line, the recipes and the contract tests find it by its class name in snake case.
     """
 
-    def __call__(self, leaf: Any, stats: dict[str, Any] | None = None) -> Any:
-        """Return the compressed leaf.
+    needs: ClassVar[tuple[str, ...]] = ()
+    """The statistics of the contraction's input that the method wants, beside their count."""
+
+    def __call__(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Draft:
+        """Return the draft with what the method decides. Pure and traceable.
 
         Args:
-          leaf: `[..., out, in]`: an array or the result of an earlier method of the chain. Leading
-            axes are layers.
-          stats: the statistics that `observe` measured for the input of this leaf, or None.
-
-        Raises:
-          InputError: the method does not take this kind of leaf, or needs statistics that are
-            missing.
+          draft: one matrix, with what earlier methods of the chain decided.
+          stats: of what the draft's weight meets: `needs`, and `count`.
+          key: for what is drawn.
         """
         raise NotImplementedError
 

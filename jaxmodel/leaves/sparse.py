@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -33,18 +34,24 @@ class Sparse(Compressed):
     Invariants (`check`, `check_values`):
       mask: uint8 `[..., out, (in + pad) / 8]`; element i of a row is bit `i % 8` of byte `i // 8`.
         The bits of the padding are zero.
-      values: `[..., out, n]`, an array or a symmetric `QTensor`, where n is the largest number of
-        kept elements in any row. The kept values of a row come first, in order; zeros fill the rest
-        (any code, at one bit, which has no zero).
+      values: `[..., out, n]`, an array, a `QTensor` or a `Codebook`, where n is the largest number
+        of kept elements in any row. The kept values of a row come first, in order; anything that
+        decodes to a finite number fills the rest.
       pattern: None, or (N, M): of each M neighbours along the last axis exactly N are kept (a zero
         may be kept); then `n = in / M * N` and nothing is padded.
+      scale: None, or `[..., out, groups]`: what the values are multiplied with, a number for each
+        group of neighbours of the dense row. The groups are of equal length; the last may be cut
+        short. The values are then a symmetric `QTensor` with the scale 1.
       pad: the number of bits that fill up the last byte of each row, fewer than 8.
+      group: the length of a group of `scale`.
     """
 
     mask: Any
     values: Any
+    scale: Any = None
     pattern: tuple[int, int] | None = static(default=None)
     pad: int = static(default=0)
+    group: int | None = static(default=None)
 
     @classmethod
     def from_dense(
@@ -93,7 +100,7 @@ class Sparse(Compressed):
 
         The result is a plain array, or a `QTensor` with the same codes if the values are one.
         """
-        if not isinstance(self.values, QTensor):
+        if not isinstance(self.values, QTensor) or self.values.minimum is not None:
             return self.decode()
         if self.values.groups > 1:  # a group of kept values has no place in the dense row
             return self.decode()
@@ -101,8 +108,9 @@ class Sparse(Compressed):
             _scatter(self.keep(), self.values.codes()),
             max(self.values.bits, 2),  # one bit has no code for zero
         )
+        scale = self.values.scale if self.scale is None else self.scale
         return QTensor.from_codes(
-            codes, self.values.scale, bits=bits, activations=self.values.activations
+            codes, scale, bits=bits, group=self.group, activations=self.values.activations
         )
 
     def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> Sparse:
@@ -120,7 +128,14 @@ class Sparse(Compressed):
         )
         inner = PartitionSpec(*lead, out, last)
         values = self.values.specs(inner, sizes) if isinstance(self.values, Compressed) else inner
-        return type(self)(inner, values, pattern=self.pattern, pad=self.pad)  # pyright: ignore[reportArgumentType]
+        expect(
+            parts == 1 or self.scale is None or n % (parts * (self.group or 1)) == 0,
+            self,
+            f"a spec {spec} cuts the last axis of {n} elements into {parts} parts, which splits a "
+            f"group of {self.group}",
+        )
+        scale = None if self.scale is None else inner
+        return dataclasses.replace(self, mask=inner, values=values, scale=scale)
 
     def check(self) -> None:
         """Check the invariants that do not need the data."""
@@ -139,11 +154,22 @@ class Sparse(Compressed):
         expect(0 <= self.pad < 8, self, f"pad is {self.pad}; allowed: 0 to 7")
         if isinstance(v, Compressed):
             expect(
-                isinstance(v, QTensor) and v.minimum is None,
-                self,
-                "values must be an array or a symmetric QTensor",
+                not isinstance(v, Sparse), self, "values must be an array, a QTensor or a Codebook"
             )
             v.check()
+        expect((self.scale is None) == (self.group is None), self, "scale and group go together")
+        if self.scale is not None:
+            want = (*m.shape[:-1], -(-self.shape[-1] // (self.group or 1)))
+            expect(
+                tuple(self.scale.shape) == want,
+                self,
+                f"scale has shape {self.scale.shape}; {want} is needed",
+            )
+            expect(
+                isinstance(v, QTensor) and v.minimum is None and v.groups == 1,
+                self,
+                "values under a scale must be a symmetric QTensor with one scale",
+            )
         if self.pattern is not None:
             n, per = self.pattern
             expect(
@@ -181,10 +207,10 @@ def _store(
     weight: jax.Array, keep: Bool[Array, "... out in"], n: int
 ) -> tuple[jax.Array, jax.Array]:
     """Return the bitmask and the values, computed by one program."""
-    return pack(pad_last(keep, 8)[0].astype(jnp.uint8), 1), _gather(weight, keep, n)
+    return pack(pad_last(keep, 8)[0].astype(jnp.uint8), 1), gather_kept(weight, keep, n)
 
 
-def _gather(weight: jax.Array, keep: Bool[Array, "... out in"], n: int) -> jax.Array:
+def gather_kept(weight: jax.Array, keep: Bool[Array, "... out in"], n: int) -> jax.Array:
     """Move the kept elements of each row to its start, zeros behind: the inverse of `_scatter`."""
     width = weight.shape[-1]
     # n is outside and dropped
@@ -207,7 +233,11 @@ def _keep(leaf: Sparse) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def _decode(leaf: Sparse, dtype: jnp.dtype | None) -> jax.Array:
-    return _scatter(leaf.keep(), decode(leaf.values, dtype))
+    if leaf.scale is None:
+        return _scatter(leaf.keep(), decode(leaf.values, dtype))
+    dense = _scatter(leaf.keep(), leaf.values.codes().astype(jnp.float32))
+    wide = jnp.repeat(leaf.scale.astype(jnp.float32), leaf.group or 1, axis=-1)
+    return (dense * wide[..., : dense.shape[-1]]).astype(leaf.dtype if dtype is None else dtype)
 
 
 @jax.jit
@@ -225,11 +255,16 @@ def _checks(leaf: Sparse) -> tuple[jax.Array, ...]:
         groups = keep.reshape(*leaf.shape[:-1], -1, leaf.pattern[1]).sum(-1)
         whole = jnp.all(groups == leaf.pattern[0])
     clean = jnp.all(unpack(leaf.mask, 1)[..., leaf.shape[-1] :] == 0)
-    if not (isinstance(leaf.values, QTensor) and leaf.values.bits == 1):
+    if not isinstance(leaf.values, Compressed) or _has_zero(leaf.values):
         n = leaf.values.shape[-1]
         behind = jnp.expand_dims(jnp.arange(n), range(kept.ndim)) >= kept[..., None]
         ended = ~jnp.any(jnp.where(behind, decode(leaf.values), 0) != 0)
     return jnp.max(kept, initial=0), whole, clean, ended
+
+
+def _has_zero(values: Compressed) -> bool:
+    """Tell whether what fills up a row decodes to zero: symmetric codes do, except at one bit."""
+    return isinstance(values, QTensor) and values.minimum is None and values.bits > 1
 
 
 def expand(params: tree.Params) -> tree.Params:

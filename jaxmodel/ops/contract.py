@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmodel.errors import InputError
-from jaxmodel.leaves import Adapted, BlockSparse, Compressed, QTensor, Sparse, decode
+from jaxmodel.leaves import Adapted, BlockSparse, Compressed, QTensor, Sparse, Turned, decode
 from jaxmodel.ops.block_sparse import beside, block_product
 from jaxmodel.ops.norms import on_last
 from jaxmodel.ops.policy import Policy
@@ -211,6 +211,8 @@ def _matmul(x: Float[Array, "... in"], w: Any, policy: Policy) -> Float[Array, "
         return tap(y, x, {name: zero for name, zero in w.zeros.items() if name not in OF_TAKE})
     if isinstance(w, Sparse | QTensor):
         return _of_codes(x, w, policy)
+    if isinstance(w, Turned):
+        return _matmul(w.turned(x.astype(jnp.float32)), w.base, policy)
     if isinstance(w, Adapted):
         wide = dataclasses.replace(policy, activation_dtype="float32")
         y = _matmul(_matmul(w.dropped(x), w.down, wide), w.up, wide)
@@ -319,6 +321,8 @@ def _row_scale(w: QTensor, ndim: int) -> Array:
 
 
 def _dynamic(w: Any) -> bool:
+    if isinstance(w, Turned):
+        return _dynamic(w.base)
     return (
         w.activations == "int8"
         if isinstance(w, QTensor)

@@ -1,0 +1,337 @@
+"""`Draft`: a matrix on its way through a chain of methods.
+
+A chain opens a leaf into a draft, each method returns another draft, and the end stores the draft
+as a leaf. All of it is pure and traceable: `run_chain` runs a chain layer by layer, and `fake` is
+the same code with a straight-through gradient, for training that is aware of it.
+
+A draft knows what earlier methods decided (which weights are kept, which values are allowed), and
+`Draft.to` holds to it, so no later method can break what an earlier one made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+from jaxmodel.errors import InputError
+from jaxmodel.leaves import Codebook, Compressed, QTensor, Sparse, Turned
+from jaxmodel.leaves.hadamard import turn
+from jaxmodel.leaves.leaf import register, static
+from jaxmodel.leaves.packing import pack, pad_last
+from jaxmodel.leaves.sparse import gather_kept
+
+type LeafStats = Mapping[str, Array]
+
+
+@register
+class Grid:
+    """The values that the weights of a matrix may take.
+
+    Even steps: `scale * q`, or `scale * code + minimum`. A table: `scale * table[code]`.
+
+    Attributes:
+      scale: `[out or 1, groups]` in the dtype that it is stored in; None for a table without scale.
+      minimum: None (q is signed and symmetric, -1 and +1 at one bit), or like `scale`.
+      table: None, or `[out or 1, 2^bits]`, sorted.
+      bits: of a code.
+      group: the length of a group of `scale` along a row; None for whole rows.
+    """
+
+    scale: Any = None
+    minimum: Any = None
+    table: Any = None
+    bits: int = static(default=8)
+    group: int | None = static(default=None)
+
+    def _wide(self, small: Array, n: int) -> Array:
+        return jnp.repeat(small.astype(jnp.float32), self.group or n, axis=-1)[..., :n]
+
+    def values(self, codes: Integer[Array, "out in"]) -> Float[Array, "out in"]:
+        """Return the values that codes stand for."""
+        n = codes.shape[-1]
+        if self.table is None:
+            values = codes.astype(jnp.float32)
+        else:
+            table = jnp.broadcast_to(
+                self.table.astype(jnp.float32), (codes.shape[0], self.table.shape[-1])
+            )
+            values = jnp.take_along_axis(table, codes, axis=-1)
+        if self.scale is not None:
+            values = values * self._wide(self.scale, n)
+        return values if self.minimum is None else values + self._wide(self.minimum, n)
+
+    def nearest(self, weight: Float[Array, "out in"]) -> Integer[Array, "out in"]:
+        """Return the code of the allowed value that is nearest to each weight, as int32."""
+        n = weight.shape[-1]
+        if self.minimum is not None:
+            weight = weight - self._wide(self.minimum, n)
+        if self.scale is not None:
+            weight = weight / self._wide(self.scale, n)
+        if self.table is not None:
+            middle = 0.5 * (self.table[:, 1:] + self.table[:, :-1]).astype(jnp.float32)
+            # one comparison a level: for the few levels of a code that beats a search
+            return sum(
+                (weight > middle[:, i, None]).astype(jnp.int32) for i in range(middle.shape[-1])
+            )
+        if self.minimum is not None:
+            codes = jnp.clip(jnp.round(weight), 0, 2**self.bits - 1)
+        elif self.bits == 1:
+            codes = jnp.where(weight < 0, -1.0, 1.0)
+        else:
+            top = 2 ** (self.bits - 1) - 1
+            codes = jnp.clip(jnp.round(weight), -top, top)
+        return codes.astype(jnp.int32)
+
+    def round(self, weight: Float[Array, "out in"]) -> Float[Array, "out in"]:
+        """Return the allowed value that is nearest to each weight."""
+        return self.values(self.nearest(weight))
+
+
+@register
+class Draft:
+    """One matrix `[out, in]` on its way: the leaf will be `weight`, behind a turned input.
+
+    Attributes:
+      weight: float32 `[out, in]`; on the grid where there is one, zero where not kept.
+      target: float32 `[out, in]`: the weight before all rounding and pruning of this chain, which
+        methods that make up for errors hold `weight` against.
+      keep: None, or bool `[out, in]`: the weights that are not pruned.
+      grid: None, or the values that are allowed.
+      scale: None, or `[in]`: the factor of the contraction's input (see `leaves.Turned`).
+      notes: what a method has to say: name -> number (the damping that it took, a count).
+      hadamard: the size of the blocks in which the input is rotated; 0 for none.
+      kept: how many weights of each row are kept, where that is known before the data is.
+      pattern: None, or (N, M): N of each M neighbours are kept.
+      activations: None, or "int8": what the input is rounded to when the leaf runs.
+    """
+
+    weight: Any
+    target: Any
+    keep: Any = None
+    grid: Any = None
+    scale: Any = None
+    notes: Any = dataclasses.field(default_factory=dict)
+    hadamard: int = static(default=0)
+    kept: int | None = static(default=None)
+    pattern: tuple[int, int] | None = static(default=None)
+    activations: str | None = static(default=None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the matrix."""
+        return self.weight.shape
+
+    def to(self, weight: Float[Array, "out in"], **changes: Any) -> Draft:
+        """Return the draft with another weight and other fields.
+
+        What is not kept stays zero, and values stay on the grid.
+        """
+        draft = dataclasses.replace(self, **changes)
+        if draft.grid is not None:
+            weight = draft.grid.round(weight)
+        if draft.keep is not None:
+            weight = jnp.where(draft.keep, weight, 0.0)
+        return dataclasses.replace(draft, weight=weight)
+
+    def note(self, **notes: Array) -> Draft:
+        """Return the draft with more notes."""
+        return dataclasses.replace(self, notes={**self.notes, **notes})
+
+    def dense(self) -> Float[Array, "out in"]:
+        """Return the matrix that the input itself is multiplied with."""
+        weight = turn(self.weight, self.hadamard, back=True) if self.hadamard else self.weight
+        return weight if self.scale is None else weight * self.scale
+
+    def seen(self, stats: LeafStats) -> LeafStats:
+        """Return the statistics of what `weight` meets, from those of the contraction's input.
+
+        Behind a rotation there is no `square` without a `gram`, and no histogram.
+        """
+        found = dict(stats)
+        if self.scale is not None:
+            found.pop("histogram", None)
+            for name, power in (
+                ("gram", self.scale[:, None] * self.scale),
+                ("square", self.scale**2),
+            ):
+                if name in found:
+                    found[name] = found[name] * power
+        if self.hadamard:
+            for name in ("square", "histogram"):
+                found.pop(name, None)
+            if "gram" in found:
+                half = turn(found["gram"], self.hadamard)
+                found["gram"] = turn(half.T, self.hadamard).T
+                found["square"] = jnp.diagonal(found["gram"])
+        if "gradient" in found and (self.scale is not None or self.hadamard):
+            gradient = found["gradient"]
+            gradient = gradient if self.scale is None else gradient / self.scale
+            found["gradient"] = turn(gradient, self.hadamard) if self.hadamard else gradient
+        return found
+
+
+def open_leaf(leaf: Any) -> Draft:
+    """Open one matrix, plain or compressed, into a draft; `store` is the inverse.
+
+    Raises:
+      InputError: a leaf of a kind that no chain takes.
+    """
+    if isinstance(leaf, Turned):
+        scale = None if leaf.scale is None else leaf.scale[0].astype(jnp.float32)
+        return dataclasses.replace(open_leaf(leaf.base), scale=scale, hadamard=leaf.hadamard)
+    if isinstance(leaf, Sparse):
+        values = leaf.values
+        weight = leaf.decode(jnp.float32)
+        return Draft(
+            weight,
+            weight,
+            leaf.keep(),
+            _grid_of(leaf),
+            kept=values.shape[-1],
+            pattern=leaf.pattern,
+            activations=values.activations if isinstance(values, QTensor) else None,
+        )
+    if isinstance(leaf, QTensor | Codebook):
+        weight = leaf.decode()
+        activations = leaf.activations if isinstance(leaf, QTensor) else None
+        return Draft(weight, weight, grid=_grid_of(leaf), activations=activations)
+    if isinstance(leaf, Compressed):
+        raise InputError(f"chain: takes a matrix, plain or compressed, not {type(leaf).__name__}")
+    weight = leaf.astype(jnp.float32)
+    return Draft(weight, weight)
+
+
+def _grid_of(leaf: Any) -> Grid | None:
+    if isinstance(leaf, Sparse):
+        grid = _grid_of(leaf.values)
+        if grid is not None and grid.group is not None:
+            return None  # groups of kept values have no place in the dense row
+        if grid is not None and leaf.scale is not None:
+            return dataclasses.replace(grid, scale=leaf.scale, group=leaf.group)
+        return grid
+    if isinstance(leaf, Codebook):
+        group = _group(leaf)
+        return Grid(leaf.scale, None, leaf.table.astype(jnp.float32), bits=leaf.bits, group=group)
+    if isinstance(leaf, QTensor):
+        return Grid(leaf.scale, leaf.minimum, bits=leaf.bits, group=_group(leaf))
+    return None
+
+
+def _group(leaf: QTensor | Codebook) -> int | None:
+    return None if leaf.groups == 1 else (leaf.shape[-1] + leaf.pad) // leaf.groups
+
+
+def store(draft: Draft) -> Any:
+    """Store a draft, of one matrix or of stacked ones, as a leaf.
+
+    Outside of jit, if how many weights a row keeps is not known before the data is.
+    """
+    weight = draft.weight
+    grid = draft.grid
+    codes = None
+    if grid is not None:
+        nearest = lambda grid, weight: grid.nearest(weight)
+        codes = _each(nearest, weight.ndim - 2)(grid, weight)
+    if draft.keep is None:
+        leaf = weight if grid is None else _encoded(codes, grid, draft)
+    else:
+        leaf = _sparse(draft, codes)
+    if draft.scale is None and not draft.hadamard:
+        return leaf
+    scale = None if draft.scale is None else draft.scale[..., None, :]
+    return Turned(leaf, scale, hadamard=draft.hadamard)
+
+
+def _encoded(codes: Array, grid: Grid, draft: Draft) -> QTensor | Codebook:
+    if grid.table is not None:
+        return Codebook.from_codes(codes, grid.table, grid.scale, bits=grid.bits, group=grid.group)
+    return QTensor.from_codes(
+        codes,
+        grid.scale,
+        grid.minimum,
+        bits=grid.bits,
+        group=grid.group,
+        activations=draft.activations,
+    )
+
+
+def _sparse(draft: Draft, codes: Array | None) -> Sparse:
+    keep = draft.keep
+    grid = draft.grid
+    n = draft.kept or max(1, int(jnp.max(jnp.sum(keep, axis=-1))))
+    bits, pad = pad_last(keep, 8)
+    values = gather_kept(draft.weight if codes is None else codes, keep, n)
+    scale = None
+    group = None
+    if grid is not None and grid.group is None:
+        values = _encoded(values, grid, draft)
+    elif grid is not None:
+        if grid.minimum is not None or grid.table is not None:
+            raise InputError(
+                "chain: groups of pruned weights are rounded symmetrically; leave out symmetric="
+                "False, or the group"
+            )
+        scale = grid.scale
+        group = grid.group
+        one = jnp.ones((*values.shape[:-2], 1, 1), jnp.float32)
+        values = QTensor.from_codes(values, one, bits=grid.bits, activations=draft.activations)
+    mask = pack(bits.astype(jnp.uint8), 1)
+    leaf = Sparse(mask, values, scale, pattern=draft.pattern, pad=pad, group=group)
+    leaf.check()
+    return leaf
+
+
+def _each(function: Any, axes: int) -> Any:
+    return functools.reduce(lambda inner, _: jax.vmap(inner), range(axes), function)
+
+
+def opened(chain: tuple[Any, ...], leaf: Any, stats: LeafStats, key: jax.Array) -> Draft:
+    """Run a chain on one matrix and return the draft at its end. Traceable.
+
+    Args:
+      chain: methods, in order.
+      leaf: `[out, in]`.
+      stats: of the contraction's input.
+      key: from which each method gets its own.
+    """
+    draft = open_leaf(leaf)
+    for i, method in enumerate(chain):
+        draft = method(draft, draft.seen(stats), jax.random.fold_in(key, i))
+    return draft
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def draft_of(chain: tuple[Any, ...], leaf: Any, stats: LeafStats, keys: jax.Array) -> Draft:
+    """Run a chain on a leaf `[..., out, in]`, one layer at a time.
+
+    Args:
+      chain: methods, in order.
+      leaf: with any number of leading axes, of layers and experts.
+      stats: with the same leading axes.
+      keys: an array of keys with the same leading axes.
+    """
+    run = lambda leaf, stats, key: opened(chain, leaf, stats, key)
+    for _ in range(len(leaf.shape) - 2):
+        run = functools.partial(
+            lambda inner, *args: jax.lax.map(lambda one: inner(*one), args), run
+        )
+    return run(leaf, stats, keys)
+
+
+def fake(
+    chain: tuple[Any, ...], weight: Float[Array, "... out in"], stats: LeafStats, key: jax.Array
+) -> Float[Array, "... out in"]:
+    """Return the weight that a chain would store, with the gradient of the identity.
+
+    Training with it is aware of the rounding and the pruning of the chain (straight-through:
+    Bengio et al., 2013). Of the key, all matrices get the same draws.
+    """
+    run = lambda weight, stats: opened(chain, weight, stats, key).dense()
+    dense = _each(run, weight.ndim - 2)(weight, stats)
+    return weight + jax.lax.stop_gradient(dense.astype(weight.dtype) - weight)
