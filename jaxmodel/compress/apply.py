@@ -14,7 +14,7 @@ from jaxmodel import report, rng, tree
 from jaxmodel.adapt.adapters import split_adapters
 from jaxmodel.axes import Axes, roles as of_roles
 from jaxmodel.brief import briefly
-from jaxmodel.compress.draft import draft_of, store
+from jaxmodel.compress.draft import run_chain
 from jaxmodel.compress.method import Chain
 from jaxmodel.compress.observe import Stats
 from jaxmodel.compress.recipe_file import to_record
@@ -89,6 +89,7 @@ def apply(
       stats: by path of a leaf, from `observe`, for methods that want them; layers may be stacked in
         any way.
       axes: of the model, which a named recipe needs to know what is a matrix and what a table.
+      key: for methods that draw; None for `jax.random.key(0)`. Each layer gets its own by its path.
 
     Returns:
       The compressed tree and the report.
@@ -129,7 +130,7 @@ def apply(
         if chain:
             check_weights(leaf, f"recipe: {write(chain)!r} is given to {path!r}")
         found = stats_of(path, stats, where) or {}
-        out[path], notes = run_chain(chain, leaf, found, _keys(path, key), path)
+        out[path], notes = run_chain(chain, leaf, found, _keys(path, leaf.shape[:-2], key), path)
         rows.append(_row(path, chain, leaf, out[path], found, notes))
     result = tree.stack(tree.unflatten(out))
     after = tree.nbytes(result)
@@ -160,50 +161,12 @@ def compress_bundle(
     ), done
 
 
-def run_chain(
-    chain: Chain,
-    leaf: Any,
-    stats: Mapping[str, jax.Array],
-    keys: jax.Array,
-    path: str = "the leaf",
-) -> tuple[Any, dict[str, jax.Array]]:
-    """Apply a chain of methods to one leaf.
-
-    Args:
-      chain: methods, in order.
-      leaf: `[..., out, in]`, plain or compressed.
-      stats: of the contraction's input, with the leading axes of the leaf.
-      keys: keys with these axes.
-      path: of the leaf, for errors.
-
-    Returns:
-      The compressed leaf and the notes of its methods.
-
-    Raises:
-      InputError: a method needs statistics that are missing, or does not take the leaf.
-    """
-    if not chain:
-        return leaf, {}
-    wanted = dict.fromkeys(name for method in chain for name in (*method.needs, "count"))
-    for method in chain:
-        for name in method.needs:
-            if name not in stats:
-                raise InputError(
-                    f"stats: {str(method)!r} needs {name!r} of the input of {path!r}, which "
-                    f"was not measured; give batches to compress_bundle, or stats from observe(..., "
-                    f"statistics=[{name!r}])"
-                )
-    own = {name: stats[name] for name in wanted if name in stats}
-    draft = draft_of(chain, leaf, own, keys)
-    if draft.keep is None and draft.grid is None and draft.scale is None and not draft.hadamard:
-        return leaf, {}  # nothing was done: not even the dtype changes
-    return store(draft), draft.notes
-
-
-def _keys(path: str, key: jax.Array | None) -> jax.Array:
-    """Return a key for each layer of a leaf, the same however the layers are stacked."""
+def _keys(path: str, lead: tuple[int, ...], key: jax.Array | None) -> jax.Array:
+    """Return a key for each matrix of a leaf, the same however its layers are stacked."""
     key = jax.random.key(0) if key is None else key
     each = [rng.fold(key, layer) for layer in tree.layer_paths(path)]
+    lead = lead[1:] if tree.is_stacked(path) else lead
+    each = [jax.random.split(key, lead) if lead else key for key in each]
     return jnp.stack(each) if tree.is_stacked(path) else each[0]
 
 

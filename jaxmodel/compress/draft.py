@@ -75,10 +75,10 @@ class Grid:
             weight = weight / self._wide(self.scale, n)
         if self.table is not None:
             middle = 0.5 * (self.table[:, 1:] + self.table[:, :-1]).astype(jnp.float32)
-            # one comparison a level: for the few levels of a code that beats a search
-            return sum(
-                (weight > middle[:, i, None]).astype(jnp.int32) for i in range(middle.shape[-1])
-            )
+            codes = jnp.zeros(weight.shape, jnp.int32)
+            for i in range(middle.shape[-1]):  # of so few levels, that beats a search
+                codes = codes + (weight > middle[:, i, None]).astype(jnp.int32)
+            return codes
         if self.minimum is not None:
             codes = jnp.clip(jnp.round(weight), 0, 2**self.bits - 1)
         elif self.bits == 1:
@@ -100,7 +100,7 @@ class Draft:
     Attributes:
       weight: float32 `[out, in]`; on the grid where there is one, zero where not kept.
       target: float32 `[out, in]`: the weight before all rounding and pruning of this chain, which
-        methods that make up for errors hold `weight` against.
+        methods that make up for errors hold `weight` against. None at the end of a chain.
       keep: None, or bool `[out, in]`: the weights that are not pruned.
       grid: None, or the values that are allowed.
       scale: None, or `[in]`: the factor of the contraction's input (see `leaves.Turned`).
@@ -109,6 +109,7 @@ class Draft:
       kept: how many weights of each row are kept, where that is known before the data is.
       pattern: None, or (N, M): N of each M neighbours are kept.
       activations: None, or "int8": what the input is rounded to when the leaf runs.
+      changed: whether a method did anything.
     """
 
     weight: Any
@@ -121,6 +122,7 @@ class Draft:
     kept: int | None = static(default=None)
     pattern: tuple[int, int] | None = static(default=None)
     activations: str | None = static(default=None)
+    changed: bool = static(default=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -132,7 +134,7 @@ class Draft:
 
         What is not kept stays zero, and values stay on the grid.
         """
-        draft = dataclasses.replace(self, **changes)
+        draft = dataclasses.replace(self, **changes, changed=True)
         if draft.grid is not None:
             weight = draft.grid.round(weight)
         if draft.keep is not None:
@@ -146,7 +148,7 @@ class Draft:
     def dense(self) -> Float[Array, "out in"]:
         """Return the matrix that the input itself is multiplied with."""
         weight = turn(self.weight, self.hadamard, back=True) if self.hadamard else self.weight
-        return weight if self.scale is None else weight * self.scale
+        return weight if self.scale is None else weight * self.scale[None]
 
     def seen(self, stats: LeafStats) -> LeafStats:
         """Return the statistics of what `weight` meets, from those of the contraction's input.
@@ -157,7 +159,7 @@ class Draft:
         if self.scale is not None:
             found.pop("histogram", None)
             for name, power in (
-                ("gram", self.scale[:, None] * self.scale),
+                ("gram", self.scale[:, None] * self.scale[None]),
                 ("square", self.scale**2),
             ):
                 if name in found:
@@ -171,7 +173,7 @@ class Draft:
                 found["square"] = jnp.diagonal(found["gram"])
         if "gradient" in found and (self.scale is not None or self.hadamard):
             gradient = found["gradient"]
-            gradient = gradient if self.scale is None else gradient / self.scale
+            gradient = gradient if self.scale is None else gradient / self.scale[None]
             found["gradient"] = turn(gradient, self.hadamard) if self.hadamard else gradient
         return found
 
@@ -231,46 +233,50 @@ def store(draft: Draft) -> Any:
     """Store a draft, of one matrix or of stacked ones, as a leaf.
 
     Outside of jit, if how many weights a row keeps is not known before the data is.
+
+    Raises:
+      InputError: groups of pruned weights that are not rounded symmetrically.
     """
-    weight = draft.weight
-    grid = draft.grid
-    codes = None
-    if grid is not None:
+    n = draft.kept
+    if draft.keep is not None and n is None:
+        n = max(1, int(jnp.max(jnp.sum(draft.keep, axis=-1))))
+    leaf = _stored(draft, n)
+    if isinstance(leaf, Compressed):
+        leaf.check()
+    return leaf
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _stored(draft: Draft, n: int | None) -> Any:
+    leaf = draft.weight
+    if draft.grid is not None:
         nearest = lambda grid, weight: grid.nearest(weight)
-        codes = _each(nearest, weight.ndim - 2)(grid, weight)
-    if draft.keep is None:
-        leaf = weight if grid is None else _encoded(codes, grid, draft)
-    else:
-        leaf = _sparse(draft, codes)
+        leaf = _each(nearest, leaf.ndim - 2)(draft.grid, leaf)  # codes
+    if draft.keep is not None:
+        leaf = _sparse(draft, leaf, n)
+    elif draft.grid is not None:
+        leaf = _encoded(leaf, draft.grid, draft.activations)
     if draft.scale is None and not draft.hadamard:
         return leaf
     scale = None if draft.scale is None else draft.scale[..., None, :]
     return Turned(leaf, scale, hadamard=draft.hadamard)
 
 
-def _encoded(codes: Array, grid: Grid, draft: Draft) -> QTensor | Codebook:
+def _encoded(codes: Array, grid: Grid, activations: str | None) -> QTensor | Codebook:
+    shape = {"bits": grid.bits, "group": grid.group}
     if grid.table is not None:
-        return Codebook.from_codes(codes, grid.table, grid.scale, bits=grid.bits, group=grid.group)
-    return QTensor.from_codes(
-        codes,
-        grid.scale,
-        grid.minimum,
-        bits=grid.bits,
-        group=grid.group,
-        activations=draft.activations,
-    )
+        return Codebook.from_codes(codes, grid.table, grid.scale, **shape)
+    return QTensor.from_codes(codes, grid.scale, grid.minimum, **shape, activations=activations)
 
 
-def _sparse(draft: Draft, codes: Array | None) -> Sparse:
-    keep = draft.keep
+def _sparse(draft: Draft, dense: Array, n: int | None) -> Sparse:
     grid = draft.grid
-    n = draft.kept or max(1, int(jnp.max(jnp.sum(keep, axis=-1))))
-    bits, pad = pad_last(keep, 8)
-    values = gather_kept(draft.weight if codes is None else codes, keep, n)
+    bits, pad = pad_last(draft.keep, 8)
+    values = gather_kept(dense, draft.keep, n or 1)
     scale = None
     group = None
     if grid is not None and grid.group is None:
-        values = _encoded(values, grid, draft)
+        values = _encoded(values, grid, draft.activations)
     elif grid is not None:
         if grid.minimum is not None or grid.table is not None:
             raise InputError(
@@ -282,9 +288,7 @@ def _sparse(draft: Draft, codes: Array | None) -> Sparse:
         one = jnp.ones((*values.shape[:-2], 1, 1), jnp.float32)
         values = QTensor.from_codes(values, one, bits=grid.bits, activations=draft.activations)
     mask = pack(bits.astype(jnp.uint8), 1)
-    leaf = Sparse(mask, values, scale, pattern=draft.pattern, pad=pad, group=group)
-    leaf.check()
-    return leaf
+    return Sparse(mask, values, pattern=draft.pattern, pad=pad, scale=scale, group=group)
 
 
 def _each(function: Any, axes: int) -> Any:
@@ -302,8 +306,8 @@ def opened(chain: tuple[Any, ...], leaf: Any, stats: LeafStats, key: jax.Array) 
     """
     draft = open_leaf(leaf)
     for i, method in enumerate(chain):
-        draft = method(draft, draft.seen(stats), jax.random.fold_in(key, i))
-    return draft
+        draft = method.step(draft, draft.seen(stats), jax.random.fold_in(key, i))
+    return dataclasses.replace(draft, target=None)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -322,6 +326,46 @@ def draft_of(chain: tuple[Any, ...], leaf: Any, stats: LeafStats, keys: jax.Arra
             lambda inner, *args: jax.lax.map(lambda one: inner(*one), args), run
         )
     return run(leaf, stats, keys)
+
+
+def run_chain(
+    chain: tuple[Any, ...],
+    leaf: Any,
+    stats: LeafStats,
+    keys: jax.Array,
+    path: str = "the leaf",
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Apply a chain of methods to one leaf.
+
+    Args:
+      chain: methods, in order.
+      leaf: `[..., out, in]`, plain or compressed.
+      stats: of the contraction's input, with the leading axes of the leaf.
+      keys: keys with these axes.
+      path: of the leaf, for errors.
+
+    Returns:
+      The compressed leaf and the notes of its methods.
+
+    Raises:
+      InputError: a method needs statistics that are missing, or does not take the leaf.
+    """
+    if not chain:
+        return leaf, {}
+    wanted = dict.fromkeys(name for method in chain for name in (*method.needs, "count"))
+    for method in chain:
+        for name in method.needs:
+            if name not in stats:
+                raise InputError(
+                    f"stats: {str(method)!r} needs {name!r} of the input of {path!r}, which "
+                    f"was not measured; give batches to compress_bundle, or stats from "
+                    f"observe(..., statistics=[{name!r}])"
+                )
+    own = {name: stats[name] for name in wanted if name in stats}
+    draft = draft_of(chain, leaf, own, keys)
+    if not draft.changed:
+        return leaf, draft.notes  # not even the dtype changes
+    return store(draft), draft.notes
 
 
 def fake(

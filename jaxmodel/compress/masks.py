@@ -43,7 +43,7 @@ class Pruning(Method, abc.ABC):
     def score(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Float[Array, "out in"]:
         """Return what a weight counts, not negative; the lowest are pruned."""
 
-    def __call__(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Draft:
+    def step(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Draft:
         """Prune a matrix; see `Method`."""
         if self.pattern is None and self.fraction == 0:
             return draft
@@ -101,7 +101,7 @@ def prune(
     return draft.to(draft.weight, keep=keep, kept=kept, pattern=pattern)
 
 
-def largest(scores: Float[Array, "... n"], count: int) -> Bool[Array, "... n"]:
+def largest(scores: Float[Array, "... n"], count: int | Array) -> Bool[Array, "... n"]:
     """Mark the `count` largest of non-negative scores along the last axis; of equal ones the first.
 
     The threshold is found bit by bit: the bit patterns of non-negative floats are ordered like the

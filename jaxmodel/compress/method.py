@@ -9,12 +9,14 @@ A chain is a tuple of methods, applied in order. The command line takes it as te
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 
 from jaxmodel import text_form
-from jaxmodel.compress.draft import Draft, LeafStats
+from jaxmodel.compress.draft import Draft, LeafStats, run_chain
+from jaxmodel.errors import InputError
+from jaxmodel.leaves.leaf import check_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Method(text_form.Member, kind="method", example="magnitude(0.5) | rtn(bits
     needs: ClassVar[tuple[str, ...]] = ()
     """The statistics of the contraction's input that the method wants, beside their count."""
 
-    def __call__(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Draft:
+    def step(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Draft:
         """Return the draft with what the method decides. Pure and traceable.
 
         Args:
@@ -37,6 +39,35 @@ class Method(text_form.Member, kind="method", example="magnitude(0.5) | rtn(bits
           key: for what is drawn.
         """
         raise NotImplementedError
+
+    def __call__(
+        self, leaf: Any, stats: LeafStats | None = None, key: jax.Array | None = None
+    ) -> Any:
+        """Compress one leaf by this method alone.
+
+        Args:
+          leaf: `[..., out, in]`, an array or a compressed leaf; leading axes are layers.
+          stats: the statistics of its input (see `observe`), with the same leading axes.
+          key: for what is drawn; None for `jax.random.key(0)`. Each layer gets its own.
+
+        Returns:
+          The compressed leaf.
+
+        Raises:
+          InputError: the method does not take this kind of leaf, or needs statistics that are
+            missing.
+
+        >>> parse("rtn(4)")[0](jax.numpy.ones((2, 8))).bits
+        4
+        """
+        name = text_form.name_of(type(self))
+        if len(leaf.shape) < 2:
+            raise InputError(f"{name}: a leaf of shape {list(leaf.shape)}; allowed: matrices")
+        check_weights(leaf, name)
+        key = jax.random.key(0) if key is None else key
+        lead = leaf.shape[:-2]
+        keys = jax.random.split(key, lead) if lead else key
+        return run_chain((self,), leaf, stats or {}, keys)[0]
 
 
 type Chain = tuple[Method, ...]

@@ -51,9 +51,9 @@ def even_grid(
         low = jnp.min(own, axis=-1)
         high = jnp.max(own, axis=-1)
     elif bits == 1:
-        mass = jnp.where(inside, jnp.abs(own), 0.0)
-        count = jnp.sum(inside if kept is None else inside & kept, axis=-1)
-        low = jnp.sum(mass, axis=-1) / jnp.maximum(count, 1)
+        mass = jnp.where(inside[None], jnp.abs(own), 0.0)
+        count = jnp.sum(inside[None] if kept is None else inside[None] & kept, axis=-1)
+        low = jnp.sum(mass, axis=-1) / jnp.maximum(count, 1).astype(jnp.float32)
         high = low
     else:
         high = jnp.max(jnp.abs(own), axis=-1) / (2 ** (bits - 1) - 1)
@@ -74,8 +74,8 @@ def even_grid(
 
     def error(factor: Array) -> Array:
         off = jnp.abs(cut(grid(factor).round(weight)) - own) ** search
-        off = jnp.where(inside if kept is None else inside & kept, off, 0.0)
-        return jnp.sum(off if cost is None else off * cost, axis=-1)
+        off = jnp.where(inside[None] if kept is None else inside[None] & kept, off, 0.0)
+        return jnp.sum(off if cost is None else off * cost[None], axis=-1)
 
     def better(best: tuple[Array, Array], factor: Array) -> tuple[tuple[Array, Array], None]:
         found = error(factor)

@@ -10,8 +10,10 @@ import jax
 from jaxmodel.compress.draft import Draft, Grid, LeafStats
 from jaxmodel.compress.method import Method
 from jaxmodel.compress.ranges import even_grid
+from jaxmodel.errors import InputError
 from jaxmodel.leaves.packing import codes_per_unit
 from jaxmodel.schema import Count, Positive, Range
+from jaxmodel.text_form import name_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,20 @@ class Rtn(Method):
             dtype=self.scale_dtype,
         )
 
-    def __call__(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Draft:
+    def step(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Draft:
         """Quantise a matrix; see `Method`."""
+        check_unrounded(self, draft)
         return draft.to(draft.weight, grid=self.grid(draft), activations=self.activations)
+
+
+def check_unrounded(method: Method, draft: Draft) -> None:
+    """Refuse a matrix whose weights are on a grid: a second one would undo the first.
+
+    Raises:
+      InputError: they are.
+    """
+    if draft.grid is not None:
+        raise InputError(
+            f"{name_of(type(method))}: the weights are rounded already; allowed: one method that "
+            "rounds in a chain, and compensate() behind it"
+        )

@@ -58,16 +58,19 @@ def hessian(gram: Float[Array, "in in"], count: Array, damping: float = 0.01) ->
     mean = mean + jnp.diag(jnp.where(dead, 1.0, 0.0))
     size = jnp.mean(jnp.diagonal(mean))
 
-    def factor(damping: Array) -> Array:
-        # chol of the matrix read backwards: H = R R^T with R upper, so U = R^-1
-        lower = jnp.linalg.cholesky((mean + damping * size * eye)[::-1, ::-1])
-        return solve_triangular(lower[::-1, ::-1], eye, lower=False)
-
+    factor = lambda damping: inverse_factor(mean + damping * size * eye)
     bad = lambda state: ~jnp.all(jnp.isfinite(state[0])) & (state[1] < 1e3)
     more = lambda state: (factor(state[1] * 10), state[1] * 10)
     first = jnp.maximum(jnp.float32(damping), 1e-6)
     upper, used = jax.lax.while_loop(bad, more, (factor(first), first))
     return Hessian(mean + used * size * eye, upper, used, dead)
+
+
+def inverse_factor(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """Return the upper triangular U with `U^T U` the inverse of a matrix; NaN if it has none."""
+    # chol of the matrix read backwards: H = R R^T with R upper, so U = R^-1
+    lower = jnp.linalg.cholesky(matrix[::-1, ::-1])
+    return solve_triangular(lower[::-1, ::-1], jnp.eye(matrix.shape[0]), lower=False)
 
 
 type Choose = Callable[[Float[Array, "columns out"], Array], Bool[Array, "columns out"]]
@@ -118,12 +121,21 @@ def compensate(
             lambda array: jax.lax.dynamic_slice_in_dim(array, start, BLOCK, 0), grids
         )
 
+        def chosen(choose: Choose, here: Array, mine: Array, i: Array) -> Array:
+            columns = jnp.clip(n - start - i, 0, every)
+            window = lambda array: jax.lax.dynamic_slice_in_dim(array, i, every, 0)
+            cost = (window(here) / window(jnp.diagonal(own))[:, None]) ** 2
+            cost = jnp.where(window(mine), cost + 1e-30, 0.0)
+            return jax.lax.dynamic_update_slice_in_dim(
+                mine, choose(cost, columns) & window(mine), i, 0
+            )
+
         def column(i: Array, state: Any) -> Any:
             here, mine, done, errors = state
             if choose is not None:
                 mine = jax.lax.cond(
                     i % every == 0,
-                    lambda: _chosen(here, mine, own, i, jnp.clip(n - start - i, 0, every)),
+                    lambda choose=choose: chosen(choose, here, mine, i),
                     lambda: mine,
                 )
             value = here[i]
@@ -136,14 +148,6 @@ def compensate(
             # own is upper triangular: the columns in front do not move
             here = here - own[i][:, None] * error[None]
             return here, mine, done.at[i].set(value), errors.at[i].set(error)
-
-        def _chosen(here: Array, mine: Array, own: Array, i: Array, columns: Array) -> Array:
-            window = lambda array: jax.lax.dynamic_slice_in_dim(array, i, every, 0)
-            cost = (window(here) / window(jnp.diagonal(own))[:, None]) ** 2
-            cost = jnp.where(window(mine), cost + 1e-30, 0.0)
-            return jax.lax.dynamic_update_slice_in_dim(
-                mine, choose(cost, columns) & window(mine), i, 0
-            )
 
         state = (here, mine, jnp.zeros_like(here), jnp.zeros_like(here))
         _, mine, done, errors = jax.lax.fori_loop(0, BLOCK, column, state)

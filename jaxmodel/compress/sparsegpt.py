@@ -16,7 +16,7 @@ from jaxmodel.schema import Index, Positive
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseGpt(Pruning):
+class Sparsegpt(Pruning):
     """Pruning with compensation, column by column (Frantar and Alistarh, 2023).
 
     Which weights go is decided for a block of columns at a time, when those in front of it are
@@ -37,9 +37,9 @@ class SparseGpt(Pruning):
     def score(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Float[Array, "out in"]:
         """Return the least rise of the output's error when a weight goes: `w^2 / (H^-1)_jj`."""
         found = hessian(stats["gram"], stats["count"], self.damping)
-        return draft.target**2 / jnp.sum(found.factor**2, axis=0)
+        return draft.target**2 / jnp.sum(found.factor**2, axis=0)[None]
 
-    def __call__(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Draft:
+    def step(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Draft:
         """Prune a matrix; see `Method`."""
         if self.pattern is None and self.fraction == 0:
             return draft
@@ -48,7 +48,7 @@ class SparseGpt(Pruning):
         out = draft.shape[0]
         pattern = self.pattern
         every = pattern[1] if pattern else BLOCK
-        left = lambda total: jnp.round(total * (1 - self.fraction)).astype(jnp.int32)
+        left = lambda total: jnp.round(jnp.float32(total) * (1 - self.fraction)).astype(jnp.int32)
 
         def choose(cost: Float[Array, "columns out"], columns: Array) -> Bool[Array, "columns out"]:
             if pattern:

@@ -21,4 +21,4 @@ class Wanda(Pruning):
 
     def score(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Float[Array, "out in"]:
         """Return `|w| * |x|`."""
-        return jnp.abs(draft.weight) * jnp.sqrt(stats["square"])
+        return jnp.abs(draft.weight) * jnp.sqrt(stats["square"])[None]

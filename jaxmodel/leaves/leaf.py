@@ -32,8 +32,18 @@ def static(*, default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
 
 
+def later(*, default: None = None, fixed: bool = False) -> Any:
+    """Declare a dataclass field that older files lack; it is stored only if it is not None.
+
+    Args:
+      default: None.
+      fixed: True for pytree metadata, as `static`; False for an array.
+    """
+    return dataclasses.field(default=default, metadata={"static": fixed, "later": True})
+
+
 @dataclass_transform(
-    frozen_default=True, eq_default=False, field_specifiers=(static, dataclasses.field)
+    frozen_default=True, eq_default=False, field_specifiers=(static, later, dataclasses.field)
 )
 def register[T: type](cls: T) -> T:
     """Make a class a frozen dataclass pytree whose fields marked `static()` are metadata."""
@@ -175,6 +185,8 @@ def to_tensors(leaf: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
     fields: dict[str, Any] = {"type": type(leaf).__name__}
     for field in dataclasses.fields(leaf):  # pyright: ignore[reportArgumentType]
         value = getattr(leaf, field.name)
+        if value is None and field.metadata.get("later"):
+            continue
         if field.metadata.get("static"):
             fields[field.name] = value
         elif value is None:
@@ -186,8 +198,8 @@ def to_tensors(leaf: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
                 f"{field.name}_{name}" if name else field.name: array
                 for name, array in inner.items()
             }
-            if inner_fields is not None:
-                fields[field.name] = inner_fields
+            if inner_fields is not None or field.metadata.get("later"):
+                fields[field.name] = inner_fields or {}
     return arrays, fields
 
 
@@ -197,8 +209,9 @@ def tensor_names(fields: Mapping[str, Any] | None) -> list[str]:
         return [""]
     names = []
     for field in dataclasses.fields(_class(fields)):  # pyright: ignore[reportArgumentType]
-        if not field.metadata.get("static") and fields.get(field.name, "") is not None:
-            inner = tensor_names(fields.get(field.name))
+        absent = None if field.metadata.get("later") else ""
+        if not field.metadata.get("static") and fields.get(field.name, absent) is not None:
+            inner = tensor_names(fields.get(field.name) or None)
             names += [f"{field.name}_{name}" if name else field.name for name in inner]
     return names
 
@@ -219,14 +232,14 @@ def from_tensors(arrays: Mapping[str, Any], fields: Mapping[str, Any] | None) ->
         if field.metadata.get("static"):
             if name in fields:
                 values[name] = tuple(given) if isinstance(given, list) else given
-        elif given is not None:
+        elif given:
             head = f"{name}_"
             values[name] = from_tensors(
                 {k[len(head) :]: v for k, v in arrays.items() if k.startswith(head)}, given
             )
         elif name in arrays:
             values[name] = arrays[name]
-        elif name not in fields:
+        elif given == {} or (name not in fields and not field.metadata.get("later")):
             raise InputError(f"{cls.__name__}: the tensor {name!r} is missing")
     try:
         leaf = cls(**values)

@@ -19,6 +19,7 @@ from jaxmodel.leaves.leaf import (
     decode,
     expect,
     full_spec,
+    later,
     register,
     shards,
     static,
@@ -48,10 +49,10 @@ class Sparse(Compressed):
 
     mask: Any
     values: Any
-    scale: Any = None
     pattern: tuple[int, int] | None = static(default=None)
     pad: int = static(default=0)
-    group: int | None = static(default=None)
+    scale: Any = later(default=None)
+    group: int | None = later(default=None, fixed=True)
 
     @classmethod
     def from_dense(

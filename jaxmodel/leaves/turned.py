@@ -72,8 +72,8 @@ class Turned(Compressed):
         expect(
             parts == 1 or not self.hadamard or self.shape[-1] % (parts * self.hadamard) == 0,
             self,
-            f"a spec {spec} cuts the last axis of {self.shape[-1]} into {parts} parts, which splits "
-            f"a block of {self.hadamard}",
+            f"a spec {spec} cuts the last axis of {self.shape[-1]} into {parts} parts, which "
+            f"splits a block of {self.hadamard}",
         )
         whole = PartitionSpec(*lead, out, last)
         base = self.base.specs(whole, sizes) if isinstance(self.base, Compressed) else whole

@@ -214,11 +214,11 @@ class _Norm(Rtn):
     The underscore keeps it out of the list of methods.
     """
 
-    def __call__(self, leaf, stats=None):
-        if stats is None:
-            raise InputError("norm: needs the statistic 'square'")
-        assert stats["square"].shape == (*leaf.shape[:-2], leaf.shape[-1])
-        return leaf * jnp.sqrt(stats["square"])[..., None, :]
+    needs = ("square",)
+
+    def step(self, draft, stats, key):
+        assert stats["square"].shape == draft.shape[-1:]
+        return draft.to(draft.weight * jnp.sqrt(stats["square"])[None])
 
 
 TOGETHER = [("blocks/.*/(conv|router|up|down)", (_Norm(8),)), (".*", ())]
@@ -278,10 +278,10 @@ def test_statistics_taken_some_layers_at_a_time_are_put_together():
 
 def test_layers_without_statistics_are_not_given_those_of_others():
     stats = compress.observe(MODEL, PARAMS, BATCHES, "blocks/[12]/router")
-    with pytest.raises(InputError, match="norm: needs the statistic"):
+    with pytest.raises(InputError, match="needs 'square' of the input of"):
         compress.apply([("blocks/.*/router", (_Norm(),)), (".*", ())], PARAMS, stats)
     with pytest.raises(
-        InputError, match="norm: needs the statistic"
+        InputError, match="needs 'square' of the input of"
     ):  # also where the first layer has some
         compress.apply([("blocks/[1-3]/router", (_Norm(),)), (".*", ())], PARAMS, stats)
     out, _ = compress.apply([("blocks/[12]/router", (_Norm(),)), (".*", ())], PARAMS, stats)

@@ -150,7 +150,8 @@ def test_what_is_no_list_of_rules_is_refused_in_one_line(devices8):
         "allowed: a Recipe, or a list of pairs (pattern, chain); compress.get_recipe finds one "
         "by its name"
     )
-    method = "Rtn(bits=8, group=None, symmetric=True, activations=None, scale_dtype=None)"
+    method = "Rtn(bits=8, group=None, symmetric=True, activations=None, "
+    method += "scale_dtype=None, search=None)"
     given = ["'int8'", f"{{'w': ({method},)}}", "None", method]
     pairs = ["'w'", "('w', (), 3)", "(3, ())"]
     want = [f"recipe: {what} is given; {allowed}" for what in given]

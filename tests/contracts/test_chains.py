@@ -1,43 +1,53 @@
-"""The laws of compression: every method, and every ordered pair of pruning and rounding."""
+"""The laws of compression: every method, and ordered pairs of pruning and rounding.
+
+Add a method's text to one of the tables; all laws hold for it then. A chain is compiled once here.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxmodel import compress, leaves
-from jaxmodel.compress.apply import run_chain
-from jaxmodel.compress.draft import fake, open_leaf, store
+from jaxmodel.compress.draft import draft_of, fake, open_leaf, opened, store
 
 LAYERS = 2
 OUT = 8
 IN = 32
-PRUNE = {
-    "magnitude": "magnitude(0.5)",
-    "magnitude 2:4": "magnitude(pattern=(2, 4))",
-    "wanda": "wanda(0.5)",
-    "sparsegpt": "sparsegpt(0.5)",
-    "sparsegpt 2:4": "sparsegpt(pattern=(2, 4), sweeps=1)",
-}
-ROUND = {
-    "rtn": "rtn(4)",
-    "rtn groups": "rtn(4, group=16, search=2)",
-    "gptq": "gptq(4)",
-    "gptq groups": "gptq(3, group=16, act_order=False, sweeps=1)",
-}
-AFFINE = {"rtn affine": "rtn(3, symmetric=False)", "gptq affine": "gptq(4, symmetric=False)"}
-SINGLE = {**PRUNE, **ROUND, **AFFINE}
-PAIRS = [
-    f"{first} | {second}"
-    for first, second in (
-        *itertools.product(PRUNE.values(), ROUND.values()),
-        *itertools.product(ROUND.values(), PRUNE.values()),
-    )
+PRUNE = [
+    "magnitude(0.5)",
+    "magnitude(0.4, scope='leaf')",
+    "magnitude(pattern=(2, 4))",
+    "wanda(0.5)",
+    "sparsegpt(0.5)",
+    "sparsegpt(pattern=(2, 4), sweeps=1)",
 ]
+ROUND = [
+    "rtn(4)",
+    "rtn(4, group=16, search=2)",
+    "rtn(3, symmetric=False)",
+    "rtn(1)",
+    "gptq(4)",
+    "gptq(3, group=16, act_order=False, sweeps=1)",
+    "gptq(4, symmetric=False)",
+]
+OTHER = ["compensate()"]
+"""Methods that do nothing alone."""
+
+# what pairs are made of: one of each way to choose a mask, and to choose and to use a grid
+MASKS = ["magnitude(pattern=(2, 4))", "wanda(0.5)", "sparsegpt(0.5)"]
+GRIDS = ["rtn(4, group=16, search=2.0)", "gptq(3)"]
+PAIRS = [
+    " | ".join(pair)
+    for pair in (*itertools.product(MASKS, GRIDS), *itertools.product(GRIDS, MASKS))
+]
+CHAINS = [*PRUNE, *ROUND, *PAIRS, "wanda(0.5) | rtn(4) | compensate(sweeps=1)"]
 
 
 def random(seed, *shape):
@@ -55,58 +65,84 @@ STATS = {
 KEYS = jax.random.split(jax.random.key(0), LAYERS)
 
 
-def run(text, weight=WEIGHT, stats=STATS, keys=KEYS):
-    leaf = run_chain(compress.parse(text), weight, stats, keys)[0]
-    leaf.check()
-    return leaf
+@functools.cache
+def ran(text):
+    """Return the drafts of both layers, of the second alone, and what `fake` makes of it."""
+    chain = compress.parse(text)
+
+    @jax.jit
+    def run():
+        weight, stats, key = jax.tree.map(lambda array: array[1], (WEIGHT, STATS, KEYS))
+        total = lambda weight: jnp.sum(fake(chain, weight, stats, key))
+        return (
+            draft_of(chain, WEIGHT, STATS, KEYS),
+            opened(chain, weight, stats, key),
+            fake(chain, weight, stats, key),
+            jax.grad(total)(weight),
+        )
+
+    return run()
 
 
-def layer(tree, i):
-    return jax.tree.map(lambda array: array[i], tree)
+def decoded(leaf):
+    return np.asarray(leaves.decode(leaf, jnp.float32))
 
 
-def test_every_method_is_here():
-    texts = " ".join(SINGLE.values())
+def test_every_method_is_in_a_chain():
+    texts = " ".join((*CHAINS, *OTHER))
     assert {name for name in compress.methods() if f"{name}(" in texts} == set(compress.methods())
 
 
-@pytest.mark.parametrize("text", [*SINGLE.values(), *PAIRS])
-def test_one_layer_alone_gives_the_same_and_fake_is_what_is_stored(text):
-    leaf = run(text)
-    dense = leaves.decode(leaf, jnp.float32)
-    alone = run(text, WEIGHT[1], layer(STATS, 1), KEYS[1])
-    np.testing.assert_array_equal(leaves.decode(alone, jnp.float32), dense[1])
-    chain = compress.parse(text)
-    faked, gradient = jax.jit(jax.value_and_grad(lambda w: fake(chain, w, layer(STATS, 1), KEYS[1]).sum()))(
-        WEIGHT[1]
-    )
-    np.testing.assert_allclose(faked, dense[1].sum(), atol=1e-4)
-    np.testing.assert_array_equal(gradient, jnp.ones_like(gradient))
+@pytest.mark.parametrize("text", CHAINS)
+def test_a_layer_alone_and_fake_are_what_is_stored(text):
+    both, alone, faked, gradient = ran(text)
+    leaf = store(both)
+    leaf.check()
+    if isinstance(leaf, leaves.Sparse):
+        leaf.check_values()
+    # what is added in another order may round a weight to its other neighbour
+    off = np.abs(decoded(store(alone)) - decoded(leaf)[1]) > 1e-5
+    assert np.mean(off) <= (0.01 if "gpt" in text or "comp" in text else 0)
+    np.testing.assert_array_equal(decoded(leaf), np.asarray(jax.vmap(lambda d: d.dense())(both)))
+    np.testing.assert_allclose(faked, decoded(store(alone)), atol=1e-5)
+    np.testing.assert_array_equal(gradient, np.ones_like(gradient))
 
 
-@pytest.mark.parametrize("text", PAIRS)
-def test_what_an_earlier_method_made_survives(text):
-    first, second = (leaves.decode(run(part), jnp.float32) for part in (text.split(" | ")[0], text))
-    pruned = text.split("(")[0] in ("magnitude", "wanda", "sparsegpt")
-    if pruned:
-        assert bool(jnp.all(second[first == 0] == 0))
-    else:
-        leaf = run(text.split(" | ")[0])
-        grid = layer(open_leaf_of(leaf), 0)
-        np.testing.assert_allclose(grid.round(second[0]), second[0], atol=1e-6)
+@pytest.mark.parametrize("text", CHAINS)
+def test_what_is_stored_opens_to_the_same(text):
+    leaf = store(ran(text)[0])
+    again = store(jax.vmap(open_leaf)(leaf))
+    chex.assert_trees_all_equal(again, leaf)
 
 
-def open_leaf_of(leaf):
-    return jax.vmap(lambda one: open_leaf(one).grid)(leaf)
+@pytest.mark.parametrize("pair", list(itertools.product(MASKS, GRIDS)), ids=" | ".join)
+def test_zeros_survive_later_rounding(pair):
+    first = ran(pair[0])[0].keep
+    then = ran(" | ".join(pair))[0]
+    np.testing.assert_array_equal(then.keep, first)
+    assert not np.any(np.asarray(then.weight)[~np.asarray(first)])
 
 
-@pytest.mark.parametrize("text", [*SINGLE.values(), *PAIRS[:4]])
-def test_open_and_store_are_inverse(text):
-    leaf = run(text)
-    draft = jax.vmap(open_leaf)(leaf)
-    chex_equal(store(draft), leaf)
+@pytest.mark.parametrize("pair", list(itertools.product(GRIDS, MASKS)), ids=" | ".join)
+def test_values_on_a_grid_survive_later_pruning(pair):
+    grid = ran(pair[0])[0].grid
+    then = ran(" | ".join(pair))[0]
+    chex.assert_trees_all_equal(then.grid, grid)
+    on_grid = jax.vmap(lambda grid, weight: grid.round(weight))(grid, then.weight)
+    np.testing.assert_allclose(on_grid, then.weight, rtol=1e-6, atol=1e-7)
 
 
-def chex_equal(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+def test_compensation_lowers_the_error_of_the_output():
+    def error(text):
+        off = ran(text)[0].weight - WEIGHT
+        return np.asarray(jnp.einsum("lod,lde,loe->l", off, GRAM, off))
+
+    assert np.all(error("gptq(4)") < 0.8 * error("rtn(4)"))
+    assert np.all(error("wanda(0.5) | compensate()") < 0.8 * error("wanda(0.5)"))
+    assert np.all(error("sparsegpt(0.5)") < 2 * error("wanda(0.5)"))  # of one block, it is greedy
+
+
+def test_strength_zero_is_the_identity():
+    for text in ("magnitude(0)", "wanda(0)", "sparsegpt(0)", "compensate()"):
+        method = compress.parse(text)[0]
+        assert method(WEIGHT, STATS) is WEIGHT

@@ -15,7 +15,16 @@ import pytest
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError
-from jaxmodel.leaves import Adapted, BlockSparse, Compressed, QTensor, Sparse, decode
+from jaxmodel.leaves import (
+    Adapted,
+    BlockSparse,
+    Codebook,
+    Compressed,
+    QTensor,
+    Sparse,
+    Turned,
+    decode,
+)
 from jaxmodel.leaves.leaf import from_tensors, tensor_names, to_tensors
 
 L = 3
@@ -68,6 +77,22 @@ def blocks(columns: int) -> BlockSparse:
     return BlockSparse.from_dense(jnp.asarray(weight), jnp.asarray(keep), block=(2, 4))
 
 
+def codebook(bits: int, rows: int, group: int | None = None, n: int = IN) -> Codebook:
+    rng = np.random.default_rng(bits)
+    codes = jnp.asarray(rng.integers(0, 2**bits, (L, OUT, n)))
+    table = jnp.sort(jnp.asarray(rng.normal(size=(L, rows, 2**bits)), jnp.float32))
+    scale = jnp.ones((L, OUT, -(-n // group)), jnp.float16) * 0.5 if group else None
+    return Codebook.from_codes(codes, table, scale, bits=bits, group=group)
+
+
+def grouped_sparse() -> Sparse:
+    """Zeros, and codes whose scale belongs to a group of the dense row."""
+    values = dataclasses.replace(qtensor(4, n=IN // 2), scale=jnp.ones((L, OUT, 1)))
+    scale = 1.0 + jnp.arange(L * OUT * 3, dtype=jnp.float32).reshape(L, OUT, 3)
+    leaf = sparse(pattern=(2, 4), values=values)
+    return dataclasses.replace(leaf, scale=scale, group=8)
+
+
 def adapted(base: Compressed) -> Adapted:
     rng = np.random.default_rng(0)
     down, up, scale = (
@@ -92,6 +117,12 @@ LEAVES = {
     "sparse 2:4": sparse(pattern=(2, 4)),
     "sparse int8": sparse(values=qtensor(8, n=IN // 2, activations="int8")),
     "sparse int4 groups": sparse(pattern=(2, 4), values=qtensor(4, n=IN // 2, group=4)),
+    "sparse int4 dense groups": grouped_sparse(),
+    "codebook": codebook(4, 1),
+    "codebook rows padded": codebook(3, OUT, n=21),
+    "codebook groups": codebook(2, 1, group=8),
+    "sparse codebook": sparse(values=codebook(4, OUT, n=IN // 2)),
+    "turned": Turned(qtensor(8), 2.0 + jnp.zeros((L, 1, IN)), hadamard=12),
     "blocks": blocks(8),
     "blocks padded": blocks(5),
     "adapted int4": adapted(qtensor(4, group=8, dtype=jnp.float16)),
@@ -207,7 +238,7 @@ def test_other_static_fields_are_another_structure(leaf):
     padded = lambda one: dataclasses.replace(one, pad=one.pad + 1)
     other = (
         dataclasses.replace(leaf, base=padded(leaf.base))
-        if isinstance(leaf, Adapted)
+        if isinstance(leaf, Adapted | Turned)
         else padded(leaf)
     )
     assert jax.tree.structure(other) != jax.tree.structure(leaf)
@@ -236,8 +267,8 @@ def test_a_plain_array_has_one_nameless_tensor():
 def test_an_unknown_type_names_those_that_are_known():
     with pytest.raises(
         InputError,
-        match=r"leaf type: 'QTensr' is not known; allowed: Adapted, BlockSparse, QTensor, Sparse "
-        r"\(nearest: QTensor",
+        match=r"leaf type: 'QTensr' is not known; allowed: Adapted, BlockSparse, Codebook, "
+        r"QTensor, Sparse, Turned \(nearest: QTensor",
     ):
         from_tensors({}, {"type": "QTensr"})
 
