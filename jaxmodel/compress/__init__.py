@@ -2,16 +2,13 @@
 
 from jaxmodel import moved
 from jaxmodel.compress.apply import Report, apply, compress_bundle
-from jaxmodel.compress.gptq import Compensate, Gptq
-from jaxmodel.compress.magnitude import Magnitude
 from jaxmodel.compress.method import Method, methods, parse
 from jaxmodel.compress.observe import observe
+from jaxmodel.compress.prune import Magnitude, Sparsegpt, Wanda
+from jaxmodel.compress.quantize import Compensate, Gptq, Rtn
 from jaxmodel.compress.recipe_file import read_recipe
 from jaxmodel.compress.recipes import RECIPES, Recipe, get_recipe
-from jaxmodel.compress.rtn import Rtn
-from jaxmodel.compress.sparsegpt import Sparsegpt
 from jaxmodel.compress.variants import variants
-from jaxmodel.compress.wanda import Wanda
 
 __all__ = [
     "RECIPES",

@@ -23,8 +23,9 @@ from jaxmodel.leaves.leaf import check_weights
 class Method(text_form.Member, kind="method", example="magnitude(0.5) | rtn(bits=8)"):
     """Base of the methods: a frozen dataclass of settings with one function.
 
-    To add a method, write a subclass in a file of this folder, and import it in `__init__.py`. The
-    command line, the recipes and the contract tests find it by its class name in snake case.
+    To add a method, write a subclass in a file of `prune` or `quantize`, and import it in the
+    `__init__.py` there. The command line, the recipes and the contract tests find it by its class
+    name in snake case.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()

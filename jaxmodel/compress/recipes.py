@@ -8,9 +8,9 @@ from typing import Any
 
 from jaxmodel import ops, tree
 from jaxmodel.brief import briefly
-from jaxmodel.compress.magnitude import Magnitude
 from jaxmodel.compress.method import Chain, Method, parse
-from jaxmodel.compress.rtn import Rtn
+from jaxmodel.compress.prune.magnitude import Magnitude
+from jaxmodel.compress.quantize.rtn import Rtn
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.models import Model
 from jaxmodel.models.foreign import Foreign

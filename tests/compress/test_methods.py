@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from jaxmodel import compress, leaves
-from jaxmodel.compress.masks import largest
+from jaxmodel.compress.prune.masks import largest
 from jaxmodel.errors import InputError
 from jaxmodel.text_form import write
 

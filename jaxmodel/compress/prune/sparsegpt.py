@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxmodel.compress.draft import Draft, LeafStats
-from jaxmodel.compress.masks import Pruning, largest
+from jaxmodel.compress.prune.masks import Pruning, largest
 from jaxmodel.compress.solve import BLOCK, compensate, hessian, refine
 from jaxmodel.schema import Index, Positive
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxmodel.compress.draft import Draft, Grid, LeafStats
 from jaxmodel.compress.method import Method
-from jaxmodel.compress.rtn import Rtn, check_unrounded
+from jaxmodel.compress.quantize.rtn import Rtn, check_unrounded
 from jaxmodel.compress.solve import Hessian, compensate, hessian, inverse_factor, refine
 from jaxmodel.schema import Index, Positive, Range
 

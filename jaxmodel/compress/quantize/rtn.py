@@ -9,7 +9,7 @@ import jax
 
 from jaxmodel.compress.draft import Draft, Grid, LeafStats
 from jaxmodel.compress.method import Method
-from jaxmodel.compress.ranges import even_grid
+from jaxmodel.compress.quantize.ranges import even_grid
 from jaxmodel.errors import InputError
 from jaxmodel.leaves.packing import codes_per_unit
 from jaxmodel.schema import Count, Positive, Range

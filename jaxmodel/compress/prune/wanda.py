@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmodel.compress.draft import Draft, LeafStats
-from jaxmodel.compress.masks import Pruning
+from jaxmodel.compress.prune.masks import Pruning
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,6 @@
+"""Methods that round weights to a grid, by how they choose it and how they round."""
+
+from jaxmodel.compress.quantize.gptq import Compensate, Gptq
+from jaxmodel.compress.quantize.rtn import Rtn
+
+__all__ = ["Compensate", "Gptq", "Rtn"]
