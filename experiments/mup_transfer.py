@@ -9,7 +9,7 @@ Goals:    with muP (Yang et al., 2022) the learning rate that is best at width 1
           than one octave. Best is the lowest mean loss of the last ten of 50 steps of Adam on fresh
           batches; between the rates of the grid, which are an octave apart, a parabola is laid. The
           full form writes the picture mup_transfer.svg beside this file.
-Measured: all goals met (229 s). With muP the best rate of GPT, Llama and ResNet moves by -0.10, 0.31
+Measured: all goals met (229 s). With muP the best rate of GPT, Llama, ResNet moves by -0.10, 0.31
           and 0.40 octaves from width 32 to 128, and the base's best rate loses 0.00, 0.01 and 0.01
           nats; under the standard parametrisation that of GPT and Llama moves by -2.52 and -1.98
           octaves and loses 1.03 and 0.38 nats. At its own best rate the standard one is ahead after
