@@ -2,6 +2,7 @@
 
 from jaxmodel import moved
 from jaxmodel.compress.apply import Report, apply, compress_bundle
+from jaxmodel.compress.gradients import observe_gradients
 from jaxmodel.compress.method import Method, methods, parse
 from jaxmodel.compress.observe import observe
 from jaxmodel.compress.prune import Magnitude, Sparsegpt, Wanda
@@ -26,6 +27,7 @@ __all__ = [
     "get_recipe",
     "methods",
     "observe",
+    "observe_gradients",
     "parse",
     "read_recipe",
     "variants",

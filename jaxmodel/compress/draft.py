@@ -153,7 +153,7 @@ class Draft:
     def seen(self, stats: LeafStats) -> LeafStats:
         """Return the statistics of what `weight` meets, from those of the contraction's input.
 
-        Behind a rotation there is no `square` without a `gram`, and no histogram.
+        Behind a rotation there is no `square` without a `gram`, no histogram and no `fisher`.
         """
         found = dict(stats)
         if self.scale is not None:
@@ -171,10 +171,13 @@ class Draft:
                 half = turn(found["gram"], self.hadamard)
                 found["gram"] = turn(half.T, self.hadamard).T
                 found["square"] = jnp.diagonal(found["gram"])
-        if "gradient" in found and (self.scale is not None or self.hadamard):
-            gradient = found["gradient"]
-            gradient = gradient if self.scale is None else gradient / self.scale[None]
-            found["gradient"] = turn(gradient, self.hadamard) if self.hadamard else gradient
+        for name, power in (("gradient", 1), ("fisher", 2)):  # dense = weight * scale
+            if name in found and self.scale is not None:
+                found[name] = found[name] * self.scale[None] ** power
+        if self.hadamard:
+            found.pop("fisher", None)
+            if "gradient" in found:
+                found["gradient"] = turn(found["gradient"], self.hadamard)
         return found
 
 
