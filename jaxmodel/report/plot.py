@@ -108,8 +108,8 @@ def curves(
         for name, x in (marks or {}).items():
             ax.axvline(x, color=INK, linewidth=1, linestyle=(0, (1, 2)), label=name)
         _scale(ax, logx, logy)
-        if (names := len(series) + len(marks or {})) > 1:
-            ax.figure.legend(loc="outside lower center", ncols=min(3, names))
+        if len(names := [*series, *(marks or {})]) > 1:
+            _legend(ax, names, 3)
     return Picture(out.getvalue())
 
 
@@ -150,7 +150,7 @@ def bars(
         ax.grid(False, axis="y")
         ax.tick_params(axis="y", length=0)
         if len(names) > 1:
-            ax.figure.legend(loc="outside lower center", ncols=min(4, len(names)))
+            _legend(ax, names, 4)
     return Picture(out.getvalue())
 
 
@@ -311,6 +311,12 @@ def _axes(
         else:
             nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
             figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+
+
+def _legend(ax: Any, names: list[str], most: int) -> None:
+    """Put the legend below, in as many columns as fit, at most `most`."""
+    fitting = 80 // (max(map(len, names)) + 7)  # letters across, and those of a line's sample
+    ax.figure.legend(loc="outside lower center", ncols=max(1, min(most, len(names), fitting)))
 
 
 def _scale(ax: Any, logx: bool, logy: bool) -> None:

@@ -162,6 +162,23 @@ def test_a_mark_has_its_name_and_a_long_axis_its_thousands():
     assert {"suggested", "loss", "1,000"} <= set(words(svg))
 
 
+@pytest.mark.parametrize("length", [5, 25, 60])
+def test_a_legend_is_within_the_picture(monkeypatch, length):
+    import matplotlib.figure
+
+    seen = []
+    save = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure,
+        "savefig",
+        lambda figure, *args, **more: (seen.append(figure), save(figure, *args, **more)),
+    )
+    plot.curves({f"{i} {'n' * length}": ([1, 2], [i, 2]) for i in range(6)}, "x", "y", fmt="png")
+    figure = seen[0]
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+
+
 @pytest.mark.parametrize("fmt", ["svg", "png"])
 def test_a_notebook_shows_a_picture(fmt):
     made = plot.curves({"a": (X, X)}, "step", "nats", fmt=fmt)
