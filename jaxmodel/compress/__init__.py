@@ -5,7 +5,18 @@ from jaxmodel.compress.apply import Report, apply, compress_bundle
 from jaxmodel.compress.gradients import observe_gradients
 from jaxmodel.compress.method import Method, methods, parse
 from jaxmodel.compress.observe import observe
-from jaxmodel.compress.prune import Magnitude, Sparsegpt, Wanda
+from jaxmodel.compress.prune import (
+    Fisher,
+    Gradient,
+    Magnitude,
+    Movement,
+    Obs,
+    Random,
+    Snip,
+    Sparsegpt,
+    Taylor,
+    Wanda,
+)
 from jaxmodel.compress.quantize import Compensate, Gptq, Rtn
 from jaxmodel.compress.recipe_file import read_recipe
 from jaxmodel.compress.recipes import RECIPES, Recipe, get_recipe
@@ -14,13 +25,20 @@ from jaxmodel.compress.variants import variants
 __all__ = [
     "RECIPES",
     "Compensate",
+    "Fisher",
     "Gptq",
+    "Gradient",
     "Magnitude",
     "Method",
+    "Movement",
+    "Obs",
+    "Random",
     "Recipe",
     "Report",
     "Rtn",
+    "Snip",
     "Sparsegpt",
+    "Taylor",
     "Wanda",
     "apply",
     "compress_bundle",

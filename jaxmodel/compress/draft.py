@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from jaxmodel.errors import InputError
-from jaxmodel.leaves import Codebook, Compressed, QTensor, Sparse, Turned
+from jaxmodel.leaves import BlockSparse, Codebook, Compressed, QTensor, Sparse, Turned
+from jaxmodel.leaves.block_sparse import cut
 from jaxmodel.leaves.hadamard import turn
 from jaxmodel.leaves.leaf import register, static
 from jaxmodel.leaves.packing import pack, pad_last
@@ -108,6 +109,7 @@ class Draft:
       hadamard: the size of the blocks in which the input is rotated; 0 for none.
       kept: how many weights of each row are kept, where that is known before the data is.
       pattern: None, or (N, M): N of each M neighbours are kept.
+      block: None, or the size of the blocks that are kept as a whole.
       activations: None, or "int8": what the input is rounded to when the leaf runs.
       changed: whether a method did anything.
     """
@@ -121,6 +123,7 @@ class Draft:
     hadamard: int = static(default=0)
     kept: int | None = static(default=None)
     pattern: tuple[int, int] | None = static(default=None)
+    block: tuple[int, int] | None = static(default=None)
     activations: str | None = static(default=None)
     changed: bool = static(default=False)
 
@@ -202,6 +205,11 @@ def open_leaf(leaf: Any) -> Draft:
             pattern=leaf.pattern,
             activations=values.activations if isinstance(values, QTensor) else None,
         )
+    if isinstance(leaf, BlockSparse):
+        height, width = leaf.block
+        keep = jnp.repeat(jnp.repeat(leaf.keep(), height, axis=0), width, axis=1)
+        weight = leaf.decode(jnp.float32)
+        return Draft(weight, weight, keep, block=leaf.block)
     if isinstance(leaf, QTensor | Codebook):
         weight = leaf.decode()
         activations = leaf.activations if isinstance(leaf, QTensor) else None
@@ -240,6 +248,8 @@ def store(draft: Draft) -> Any:
     Raises:
       InputError: groups of pruned weights that are not rounded symmetrically.
     """
+    if draft.grid is None and draft.block is not None and (leaf := _blocks(draft)) is not None:
+        return leaf
     n = draft.kept
     if draft.keep is not None and n is None:
         n = max(1, int(jnp.max(jnp.sum(draft.keep, axis=-1))))
@@ -247,6 +257,23 @@ def store(draft: Draft) -> Any:
     if isinstance(leaf, Compressed):
         leaf.check()
     return leaf
+
+
+def _blocks(draft: Draft) -> Any:
+    """Return a draft as a `BlockSparse`, or None where not all of a block is kept."""
+    block = draft.block or (1, 1)
+    tiles = cut(draft.keep, block)
+    some = jnp.any(tiles, axis=(-2, -1))
+    if not bool(jnp.all(some == jnp.all(tiles, axis=(-2, -1)))):
+        return None
+    return _turned(BlockSparse.from_dense(draft.weight, some, block=block), draft)
+
+
+def _turned(leaf: Any, draft: Draft) -> Any:
+    if draft.scale is None and not draft.hadamard:
+        return leaf
+    scale = None if draft.scale is None else draft.scale[..., None, :]
+    return Turned(leaf, scale, hadamard=draft.hadamard)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -259,10 +286,7 @@ def _stored(draft: Draft, n: int | None) -> Any:
         leaf = _sparse(draft, leaf, n)
     elif draft.grid is not None:
         leaf = _encoded(leaf, draft.grid, draft.activations)
-    if draft.scale is None and not draft.hadamard:
-        return leaf
-    scale = None if draft.scale is None else draft.scale[..., None, :]
-    return Turned(leaf, scale, hadamard=draft.hadamard)
+    return _turned(leaf, draft)
 
 
 def _encoded(codes: Array, grid: Grid, activations: str | None) -> QTensor | Codebook:
@@ -368,6 +392,8 @@ def run_chain(
     draft = draft_of(chain, leaf, own, keys)
     if not draft.changed:
         return leaf, draft.notes  # not even the dtype changes
+    if draft.grid is None:
+        draft = dataclasses.replace(draft, weight=draft.weight.astype(leaf.dtype))
     return store(draft), draft.notes
 
 

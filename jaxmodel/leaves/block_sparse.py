@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxmodel.errors import InputError
+from jaxmodel.leaves.largest import largest
 from jaxmodel.leaves.leaf import AxisSizes, Compressed, expect, full_spec, register, shards, static
 from jaxmodel.leaves.packing import pack, pad_last, unpack
 
@@ -58,24 +60,19 @@ class BlockSparse(Compressed):
           InputError: the blocks do not divide the weight, or the mask has another shape or is
             traced.
         """
-        tiles = cut(weight, block)
-        keep = jnp.any(tiles != 0, axis=(-2, -1)) if keep is None else keep
+        keep = _some(weight, block) if keep is None else keep
         if isinstance(keep, Tracer):
             raise InputError(
                 "keep: a traced mask was given; the number of kept blocks must be known before "
                 "compilation"
             )
-        if keep.shape != tiles.shape[:-2]:
+        want = jax.eval_shape(lambda weight: cut(weight, block), weight).shape[:-2]
+        if keep.shape != want:
             raise InputError(
-                f"keep: shape {keep.shape} given; allowed: {tiles.shape[:-2]}, a bit for each block"
+                f"keep: shape {keep.shape} given; allowed: {want}, a bit for each block"
             )
         n = max(1, int(jnp.max(jnp.sum(keep, axis=-1), initial=0)))
-        bits, pad = pad_last(keep, 8)
-        first = _first(keep, n)
-        there = jnp.sum(keep, axis=-1, keepdims=True) > _count(n, keep.ndim)
-        values = jnp.take_along_axis(tiles, first[..., None, None], axis=-3)
-        values = jnp.where(there[..., None, None], values, jnp.zeros((), values.dtype))
-        leaf = cls(pack(bits.astype(jnp.uint8), 1), values, pad=pad)
+        leaf = cls(*_store(weight, keep, block, n), pad=-keep.shape[-1] % 8)
         leaf.check()
         return leaf
 
@@ -188,7 +185,9 @@ class BlockSparse(Compressed):
         expect(not bool(filled), self, "there is a value after the last kept block")
 
 
-def cut(weight: jax.Array, block: tuple[int, int]) -> Float[Array, "... rows columns height width"]:
+def cut(
+    weight: jax.Array, block: tuple[int, int]
+) -> Shaped[Array, "... rows columns height width"]:
     """Cut a weight `[..., out, in]` into its blocks.
 
     Raises:
@@ -219,10 +218,21 @@ def largest_blocks(
     return largest(size, kept)
 
 
-def largest(scores: Float[Array, "... n"], count: int) -> Bool[Array, "... n"]:
-    """Mark the `count` largest scores along the last axis; the first of equal scores wins."""
-    place = jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)
-    return place < count
+@functools.partial(jax.jit, static_argnums=1)
+def _some(weight: jax.Array, block: tuple[int, int]) -> Bool[Array, "... rows columns"]:
+    return jnp.any(cut(weight, block) != 0, axis=(-2, -1))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _store(
+    weight: jax.Array, keep: Bool[Array, "... rows columns"], block: tuple[int, int], n: int
+) -> tuple[jax.Array, jax.Array]:
+    """Return the bitmask and the values, computed by one program."""
+    first = _first(keep, n)
+    there = jnp.sum(keep, axis=-1, keepdims=True) > _count(n, keep.ndim)
+    values = jnp.take_along_axis(cut(weight, block), first[..., None, None], axis=-3)
+    values = jnp.where(there[..., None, None], values, jnp.zeros((), values.dtype))
+    return pack(pad_last(keep, 8)[0].astype(jnp.uint8), 1), values
 
 
 def _first(keep: Bool[Array, "... columns"], n: int) -> Int[Array, "... n"]:

@@ -16,6 +16,7 @@ import pytest
 
 from jaxmodel import compress, leaves
 from jaxmodel.compress.draft import draft_of, fake, open_leaf, opened, store
+from jaxmodel.compress.prune.masks import Pruning
 
 LAYERS = 2
 OUT = 8
@@ -27,6 +28,20 @@ PRUNE = [
     "wanda(0.5)",
     "sparsegpt(0.5)",
     "sparsegpt(pattern=(2, 4), sweeps=1)",
+    "random(0.5)",
+    "magnitude(threshold=0.7)",
+    "magnitude(0.5, block=(4, 8))",
+    "magnitude(0.5, block=(1, 0))",
+    "magnitude(0.25, scope='leaf', block=(0, 1))",
+    "gradient(0.5)",
+    "gradient(0.25, prune='largest', scope='leaf')",
+    "snip(0.5)",
+    "fisher(0.5)",
+    "taylor(0.5)",
+    "movement(0.5)",
+    "obs(0.5)",
+    "obs(0.5, scope='leaf')",
+    "obs(pattern=(2, 4))",
 ]
 ROUND = [
     "rtn(4)",
@@ -47,7 +62,15 @@ PAIRS = [
     " | ".join(pair)
     for pair in (*itertools.product(MASKS, GRIDS), *itertools.product(GRIDS, MASKS))
 ]
-CHAINS = [*PRUNE, *ROUND, *PAIRS, "wanda(0.5) | rtn(4) | compensate(sweeps=1)"]
+CHAINS = [
+    *PRUNE,
+    *ROUND,
+    *PAIRS,
+    "wanda(0.5) | rtn(4) | compensate(sweeps=1)",
+    "magnitude(0.5, block=(4, 8)) | rtn(4)",
+    "wanda(0.3) | obs(pattern=(2, 4))",
+    "rtn(4) | obs(0.5)",
+]
 
 
 def random(seed, *shape):
@@ -61,6 +84,9 @@ STATS = {
     "gram": GRAM,
     "square": jnp.diagonal(GRAM, axis1=1, axis2=2),
     "count": jnp.full(LAYERS, 100.0),
+    "gradient": random(4, LAYERS, OUT, IN),
+    "fisher": random(5, LAYERS, OUT, IN) ** 2,
+    "movement": random(6, LAYERS, OUT, IN),
 }
 KEYS = jax.random.split(jax.random.key(0), LAYERS)
 
@@ -102,7 +128,7 @@ def test_a_layer_alone_and_fake_are_what_is_stored(text):
         leaf.check_values()
     # what is added in another order may round a weight to its other neighbour
     off = np.abs(decoded(store(alone)) - decoded(leaf)[1]) > 1e-5
-    assert np.mean(off) <= (0.01 if "gpt" in text or "comp" in text else 0)
+    assert np.mean(off) <= (0.01 if any(word in text for word in ("gpt", "comp", "obs")) else 0)
     np.testing.assert_array_equal(decoded(leaf), np.asarray(jax.vmap(lambda d: d.dense())(both)))
     np.testing.assert_allclose(faked, decoded(store(alone)), atol=1e-5)
     np.testing.assert_array_equal(gradient, np.ones_like(gradient))
@@ -143,6 +169,8 @@ def test_compensation_lowers_the_error_of_the_output():
 
 
 def test_strength_zero_is_the_identity():
-    for text in ("magnitude(0)", "wanda(0)", "sparsegpt(0)", "compensate()"):
+    pruning = sorted(name for name, cls in compress.methods().items() if issubclass(cls, Pruning))
+    assert len(pruning) >= 10
+    for text in (*(f"{name}(0)" for name in pruning), "compensate()"):
         method = compress.parse(text)[0]
         assert method(WEIGHT, STATS) is WEIGHT

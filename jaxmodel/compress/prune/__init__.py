@@ -1,7 +1,20 @@
 """Methods that set weights to zero, by what they score them with."""
 
-from jaxmodel.compress.prune.magnitude import Magnitude
+from jaxmodel.compress.prune.magnitude import Magnitude, Random
+from jaxmodel.compress.prune.obs import Obs
+from jaxmodel.compress.prune.saliency import Fisher, Gradient, Movement, Snip, Taylor
 from jaxmodel.compress.prune.sparsegpt import Sparsegpt
 from jaxmodel.compress.prune.wanda import Wanda
 
-__all__ = ["Magnitude", "Sparsegpt", "Wanda"]
+__all__ = [
+    "Fisher",
+    "Gradient",
+    "Magnitude",
+    "Movement",
+    "Obs",
+    "Random",
+    "Snip",
+    "Sparsegpt",
+    "Taylor",
+    "Wanda",
+]

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxmodel.compress.draft import Draft, LeafStats
-from jaxmodel.compress.prune.masks import Pruning, largest
+from jaxmodel.compress.prune.masks import Pruning
 from jaxmodel.compress.solve import BLOCK, compensate, hessian, refine
+from jaxmodel.leaves.largest import largest
 from jaxmodel.schema import Index, Positive
 
 
@@ -34,14 +35,9 @@ class Sparsegpt(Pruning):
     damping: Positive = 0.01
     sweeps: Index = 0
 
-    def score(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Float[Array, "out in"]:
-        """Return the least rise of the output's error when a weight goes: `w^2 / (H^-1)_jj`."""
-        found = hessian(stats["gram"], stats["count"], self.damping)
-        return draft.target**2 / jnp.sum(found.factor**2, axis=0)[None]
-
     def step(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Draft:
         """Prune a matrix; see `Method`."""
-        if self.pattern is None and self.fraction == 0:
+        if self.idle:
             return draft
         self.check_pattern(draft)
         found = hessian(stats["gram"], stats["count"], self.damping)

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmodel.compress.draft import Draft, LeafStats
-from jaxmodel.compress.prune.masks import Pruning
+from jaxmodel.compress.prune.masks import Scored
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanda(Pruning):
+class Wanda(Scored):
     """Pruning by `|w| * |x|`, where |x| is the norm of the inputs seen (Sun et al., 2024)."""
 
     needs: ClassVar = ("square",)

@@ -16,7 +16,7 @@ from jaxmodel.errors import InputError
 from jaxmodel.layers.connect.full import add_bias
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.leaves import BlockSparse, decode
-from jaxmodel.leaves.block_sparse import largest
+from jaxmodel.leaves.largest import largest
 from jaxmodel.ops.edges import EdgeBlock, Edges, edges_of
 
 
