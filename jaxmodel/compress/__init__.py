@@ -17,7 +17,7 @@ from jaxmodel.compress.prune import (
     Taylor,
     Wanda,
 )
-from jaxmodel.compress.quantize import Compensate, Gptq, Rtn
+from jaxmodel.compress.quantize import Compensate, Gptq, RangeRule, Rtn
 from jaxmodel.compress.recipe_file import read_recipe
 from jaxmodel.compress.recipes import RECIPES, Recipe, get_recipe
 from jaxmodel.compress.variants import variants
@@ -33,6 +33,7 @@ __all__ = [
     "Movement",
     "Obs",
     "Random",
+    "RangeRule",
     "Recipe",
     "Report",
     "Rtn",

@@ -151,7 +151,7 @@ def test_what_is_no_list_of_rules_is_refused_in_one_line(devices8):
         "by its name"
     )
     method = "Rtn(bits=8, group=None, symmetric=True, activations=None, "
-    method += "scale_dtype=None, search=None)"
+    method += "scale_dtype=None, range='absmax')"
     given = ["'int8'", f"{{'w': ({method},)}}", "None", method]
     pairs = ["'w'", "('w', (), 3)", "(3, ())"]
     want = [f"recipe: {what} is given; {allowed}" for what in given]

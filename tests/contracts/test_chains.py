@@ -45,19 +45,21 @@ PRUNE = [
 ]
 ROUND = [
     "rtn(4)",
-    "rtn(4, group=16, search=2)",
+    "rtn(4, group=16, range='mse')",
     "rtn(3, symmetric=False)",
     "rtn(1)",
+    "rtn(3, symmetric=False, range='hqq')",
+    "rtn(4, group=16, range='gibbs(weighted=True)')",
     "gptq(4)",
     "gptq(3, group=16, act_order=False, sweeps=1)",
-    "gptq(4, symmetric=False)",
+    "gptq(4, symmetric=False, range='percentile(99)')",
 ]
 OTHER = ["compensate()"]
 """Methods that do nothing alone."""
 
 # what pairs are made of: one of each way to choose a mask, and to choose and to use a grid
 MASKS = ["magnitude(pattern=(2, 4))", "wanda(0.5)", "sparsegpt(0.5)"]
-GRIDS = ["rtn(4, group=16, search=2.0)", "gptq(3)"]
+GRIDS = ["rtn(4, group=16, range='mse')", "gptq(3)"]
 PAIRS = [
     " | ".join(pair)
     for pair in (*itertools.product(MASKS, GRIDS), *itertools.product(GRIDS, MASKS))

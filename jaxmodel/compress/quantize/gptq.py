@@ -20,7 +20,7 @@ class Gptq(Rtn):
     """Rounding with compensation (Frantar et al., 2023); the settings of `Rtn`, and these.
 
     Attributes:
-      search: as for `Rtn`; errors count by the size of the input that they meet.
+      range: as for `Rtn`; errors count by the mean square of the input that they meet.
       act_order: round the columns of the largest inputs first. The groups stay where they are.
       damping: of the Hessian, as a fraction of its mean diagonal.
       sweeps: how often the columns are improved afterwards (see `solve.refine`).
@@ -29,7 +29,7 @@ class Gptq(Rtn):
     needs: ClassVar = ("gram",)
 
     bits: Annotated[int, Range(1, 8)] = 4
-    search: Positive | None = 2.0
+    range: str = "mse"
     act_order: bool = True
     damping: Positive = 0.01
     sweeps: Index = 0

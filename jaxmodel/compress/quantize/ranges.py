@@ -1,15 +1,343 @@
-"""The range of a grid: which scale, and which minimum, a row or a group of weights gets."""
+"""The range of an even grid: which scale, and which minimum, a row or a group of weights gets.
+
+How it is chosen is a rule with a text form, the setting `range` of the methods that round:
+`rtn(4, range="percentile(99.9)")`.
+"""
 
 from __future__ import annotations
 
+import abc
+import dataclasses
+import math
+from typing import Annotated, Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from jaxmodel import text_form
 from jaxmodel.compress.draft import Grid
+from jaxmodel.schema import Count, Positive, Range
 
 SHRINKS = 60
 """How many narrower ranges a search tries, the narrowest of a third."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """The weights of a matrix, cut into the groups that share a scale.
+
+    Attributes:
+      values: `[out, groups, size]`. The padding of the last group repeats the last weight, so that
+        it widens no range.
+      counts: `[out, groups, size]`: what the error of each weight counts; 0 for the padding and for
+        what is pruned.
+      bits: of a code.
+      size: of a group in the grid; None for whole rows.
+      symmetric: steps on both sides of zero, or from the smallest weight to the largest.
+      dtype: of the stored scale.
+    """
+
+    values: Float[Array, "out groups size"]
+    counts: Float[Array, "out groups size"]
+    bits: int
+    size: int | None
+    symmetric: bool
+    dtype: jnp.dtype
+
+    def widest(self) -> tuple[Float[Array, "out groups"], Float[Array, "out groups"]]:
+        """Return the lower and the upper end of the range that holds all weights."""
+        if not self.symmetric:
+            return jnp.min(self.values, axis=-1), jnp.max(self.values, axis=-1)
+        high = jnp.max(jnp.abs(self.values), axis=-1)
+        return -high, high
+
+    def mean(self, of: Float[Array, "out groups size"]) -> Float[Array, "out groups"]:
+        """Return the mean over each group, of what counts."""
+        total = jnp.maximum(jnp.sum(self.counts, axis=-1), 1e-30)
+        return jnp.sum(self.counts * of, axis=-1) / total
+
+    def grid(self, low: Array, high: Array) -> Grid:
+        """Return the grid from the lowest to the highest value; a symmetric one has no `low`."""
+        if self.symmetric:
+            return self.steps(high / (2 ** (self.bits - 1) - 1), None)
+        low = low.astype(self.dtype).astype(jnp.float32)  # what is stored
+        return self.steps((high - low) / (2**self.bits - 1), low)
+
+    def steps(self, scale: Array, minimum: Array | None) -> Grid:
+        """Return the grid with these steps, in the dtype that is stored."""
+        scale = jnp.maximum(scale, float(jnp.finfo(self.dtype).tiny)).astype(self.dtype)
+        minimum = None if minimum is None else minimum.astype(self.dtype)
+        return Grid(scale, minimum, bits=self.bits, group=self.size)
+
+    def rounded(self, grid: Grid) -> Float[Array, "out groups size"]:
+        """Return the values rounded to the grid."""
+        values = (
+            codes_of(grid, self.values).astype(jnp.float32)
+            * grid.scale.astype(jnp.float32)[..., None]
+        )
+        if grid.minimum is not None:
+            values = values + grid.minimum.astype(jnp.float32)[..., None]
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class RangeRule(text_form.Member, abc.ABC, kind="range", example="percentile(99.9)"):
+    """Base of the rules that choose the range of an even grid.
+
+    Attributes:
+      weighted: whether an error counts by the mean square of the input that the weight meets, which
+        takes statistics. `gptq`, which has them, always does so.
+    """
+
+    weighted: bool = dataclasses.field(default=False, kw_only=True)
+
+    @abc.abstractmethod
+    def choose(self, groups: Groups) -> Grid:
+        """Return the grid of each group."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Absmax(RangeRule):
+    """The range that holds all weights."""
+
+    def choose(self, groups: Groups) -> Grid:
+        """Return the grid of each group."""
+        return groups.grid(*groups.widest())
+
+
+@dataclasses.dataclass(frozen=True)
+class Percentile(RangeRule):
+    """The range that holds most of the weights; those outside are clipped.
+
+    Attributes:
+      at: the percentage of the weights that it holds, half of the others on each side.
+    """
+
+    at: Annotated[float, Range(50, 100)] = 99.9
+
+    def choose(self, groups: Groups) -> Grid:
+        """Return the grid of each group."""
+        share = self.at / 100
+        if groups.symmetric:
+            high = quantile(jnp.abs(groups.values), groups.counts, share)
+            return groups.grid(-high, high)
+        low, high = (
+            quantile(groups.values, groups.counts, (1 + sign * share) / 2) for sign in (-1, 1)
+        )
+        return groups.grid(low, high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Search(RangeRule, abc.ABC):
+    """Base of the rules that try `SHRINKS` narrower ranges and take that of the least cost."""
+
+    @abc.abstractmethod
+    def cost(self, groups: Groups, grid: Grid) -> Float[Array, "out groups"]:
+        """Return what a grid costs."""
+
+    def choose(self, groups: Groups) -> Grid:
+        """Return the grid of each group."""
+        low, high = groups.widest()
+
+        def better(best: tuple[Array, Array], factor: Array) -> tuple[tuple[Array, Array], None]:
+            found = self.cost(groups, groups.grid(low * factor, high * factor))
+            least, at = best
+            worse = found < least
+            return (jnp.where(worse, found, least), jnp.where(worse, factor, at)), None
+
+        start = (jnp.full(low.shape, jnp.inf), jnp.ones(low.shape))
+        (_, factor), _ = jax.lax.scan(better, start, jnp.linspace(1.0, 1 / 3, SHRINKS))
+        return groups.grid(low * factor, high * factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Power(Search):
+    """The range with the least mean of `|error|^p`.
+
+    Attributes:
+      p: the power.
+    """
+
+    p: Positive = 2.4
+
+    def cost(self, groups: Groups, grid: Grid) -> Float[Array, "out groups"]:
+        """Return what a grid costs."""
+        off = jnp.abs(groups.rounded(grid) - groups.values)
+        return groups.mean(off**self.p)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mse(Search):
+    """The range with the least mean square error."""
+
+    def cost(self, groups: Groups, grid: Grid) -> Float[Array, "out groups"]:
+        """Return what a grid costs."""
+        return groups.mean((groups.rounded(grid) - groups.values) ** 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Huber(Search):
+    """The range with the least Huber loss: large errors, of clipped weights, count linearly.
+
+    Attributes:
+      delta: where "large" begins, as a fraction of the root mean square of the group.
+    """
+
+    delta: Positive = 0.3
+
+    def cost(self, groups: Groups, grid: Grid) -> Float[Array, "out groups"]:
+        """Return what a grid costs."""
+        size = jnp.sqrt(groups.mean(groups.values**2))[..., None]
+        off = jnp.abs(groups.rounded(grid) - groups.values) / jnp.maximum(size, 1e-30)
+        small = jnp.minimum(off, self.delta)
+        return groups.mean(small * (off - small / 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Gibbs(Search):
+    """The range with the least expected error when weights are rounded at random.
+
+    A weight takes each value of the grid with a probability proportional to
+    `exp(-error^2 / T)`, as in Gibbs' distribution; at T = 0 it is the nearest, as for `mse`.
+
+    Attributes:
+      temperature: T, as a fraction of the mean square of the group.
+    """
+
+    temperature: Positive = 0.01
+
+    def cost(self, groups: Groups, grid: Grid) -> Float[Array, "out groups"]:
+        """Return what a grid costs."""
+        heat = self.temperature * jnp.maximum(groups.mean(groups.values**2), 1e-30)[..., None]
+        scale = grid.scale.astype(jnp.float32)[..., None]
+        codes = codes_of(grid, groups.values)
+        off = groups.rounded(grid) - groups.values
+        top = 2 ** (groups.bits - 1) - 1
+        least, most = (-top, top) if groups.symmetric else (0, 2**groups.bits - 1)
+        # further ones have no weight: even at 2 bits and T = 1 that of 16 steps is below 1e-30
+        reach = min(most - least, 16)
+
+        def one(sums: tuple[Array, Array], step: Array) -> tuple[tuple[Array, Array], None]:
+            error = (off + step.astype(jnp.float32) * scale) ** 2
+            weight = jnp.exp((off**2 - error) / heat)
+            weight = jnp.where((codes + step >= least) & (codes + step <= most), weight, 0.0)
+            return (sums[0] + weight, sums[1] + weight * error), None
+
+        zeros = (jnp.zeros_like(off), jnp.zeros_like(off))
+        (total, expected), _ = jax.lax.scan(one, zeros, jnp.arange(-reach, reach + 1))
+        return groups.mean(expected / total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram(Search):
+    """The range that loses the least information: that of the least Kullback-Leibler divergence.
+
+    Between the histogram of the weights (of their sizes, if the grid is symmetric) and the one in
+    which all bins that are rounded to the same value are level (after Migacz, 2017).
+
+    Attributes:
+      bins: of the histogram of a group.
+    """
+
+    bins: Count = 128
+
+    def cost(self, groups: Groups, grid: Grid) -> Float[Array, "out groups"]:
+        """Return what a grid costs."""
+        low, high = groups.widest()
+        low = jnp.zeros_like(high) if groups.symmetric else low
+        values = jnp.abs(groups.values) if groups.symmetric else groups.values
+        width = jnp.maximum(high - low, 1e-30)[..., None] / self.bins
+        index = jnp.floor((values - low[..., None]) / width).astype(jnp.int32)
+        counts = _sums(jnp.clip(index, 0, self.bins - 1), groups.counts, self.bins)
+        middle = (
+            low[..., None] + width * (jnp.arange(self.bins, dtype=jnp.float32) + 0.5)[None, None]
+        )
+        levels = codes_of(grid, middle)
+        used = (counts > 0).astype(jnp.float32)
+        mass, number = (_sums(levels, array, 2**groups.bits) for array in (counts, used))
+        level = jnp.take_along_axis(mass / jnp.maximum(number, 1.0), levels, axis=-1)
+        ratio = jnp.where(counts > 0, counts / jnp.maximum(level, 1e-30), 1.0)
+        return jnp.sum(counts * jnp.log(ratio), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hqq(RangeRule):
+    """Half-quadratic quantisation (Badri and Shaji, 2023): few large errors, many small ones.
+
+    The error is split into an outlier part, which `|error|^p` leaves large, and a rest, of which a
+    step in turn makes the squares least: by the scale of a symmetric grid, by the minimum of
+    another. Of all steps the one with the least `|error|^p` counts.
+
+    Attributes:
+      p: the power, below 1.
+      steps: how often both are done.
+    """
+
+    p: Annotated[float, Range(above=0, most=1)] = 0.7
+    steps: Count = 20
+
+    def choose(self, groups: Groups) -> Grid:
+        """Return the grid of each group."""
+        first = groups.grid(*groups.widest())
+        wide = lambda a: None if a is None else a.astype(jnp.float32)
+        start: Any = (wide(first.scale), wide(first.minimum))
+
+        def cost(grid: Grid) -> Float[Array, "out groups"]:
+            return groups.mean(jnp.abs(groups.rounded(grid) - groups.values) ** self.p)
+
+        def step(state: Any, i: Array) -> tuple[Any, None]:
+            (scale, minimum), best, least = state
+            grid = groups.steps(scale, minimum)
+            codes = codes_of(grid, groups.values).astype(jnp.float32)
+            # in steps of the grid, so that the strength of the split does not depend on its size
+            off = (groups.values - groups.rounded(grid)) / scale[..., None]
+            size = jnp.maximum(jnp.abs(off), 1e-6)
+            strength = 10.0 * 1.01 ** i.astype(jnp.float32)
+            outlier = jnp.sign(off) * jnp.maximum(size - size ** (self.p - 1) / strength, 0.0)
+            rest = groups.values - outlier * scale[..., None]
+            if minimum is None:
+                new = groups.mean(rest * codes) / jnp.maximum(groups.mean(codes**2), 1e-30)
+                new = (jnp.where(new > 0, new, scale), None)
+            else:
+                new = (scale, groups.mean(rest - codes * scale[..., None]))
+            found = cost(groups.steps(*new))
+            better = found < least
+            best = jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best)
+            return (new, best, jnp.minimum(found, least)), None
+
+        begin = (start, start, cost(first))
+        found, _ = jax.lax.scan(step, begin, jnp.arange(self.steps))
+        scale, minimum = found[1]
+        return groups.steps(scale, minimum)
+
+
+def codes_of(grid: Grid, values: Float[Array, "out groups n"]) -> Int[Array, "out groups n"]:
+    """Return the codes of values, any number of which belong to each group of a grid."""
+    inner = dataclasses.replace(grid, group=values.shape[-1])
+    return inner.nearest(values.reshape(values.shape[0], -1)).reshape(values.shape)
+
+
+def _sums(
+    index: Array, of: Float[Array, "out groups size"], length: int
+) -> Float[Array, "out groups length"]:
+    """Add up, for each group, what has the same index."""
+    lead = index.shape[:2]
+    of = jnp.broadcast_to(of, index.shape)
+    place = jnp.arange(math.prod(lead), dtype=jnp.int32).reshape(*lead, 1) * length + index
+    flat = jnp.zeros(math.prod(lead) * length, jnp.float32)
+    return flat.at[place.reshape(-1)].add(of.reshape(-1)).reshape(*lead, length)
+
+
+def quantile(
+    values: Float[Array, "... n"], counts: Float[Array, "... n"], share: float
+) -> Float[Array, "..."]:
+    """Return the least of the values such that those up to it have this share of all counts."""
+    order = jnp.argsort(values, axis=-1)
+    values, counts = (jnp.take_along_axis(a, order, axis=-1) for a in (values, counts))
+    below = jnp.cumsum(counts, axis=-1)
+    enough = below >= share * below[..., -1:] * (1 - 1e-6)
+    return jnp.take_along_axis(values, jnp.argmax(enough, axis=-1)[..., None], axis=-1)[..., 0]
 
 
 def even_grid(
@@ -18,7 +346,7 @@ def even_grid(
     group: int | None = None,
     *,
     symmetric: bool = True,
-    search: float | None = None,
+    rule: RangeRule | None = None,
     importance: Float[Array, " in"] | None = None,
     keep: Array | None = None,
     dtype: str | None = None,
@@ -30,59 +358,36 @@ def even_grid(
       bits: of a code, 1 to 8.
       group: the length of a group; the last may be cut short. None for whole rows.
       symmetric: steps on both sides of zero, or from the smallest weight to the largest.
-      search: None for a range that holds all weights; else the power p: of `SHRINKS` narrower
-        ranges, the one whose sum of `importance * |error|^p` is least.
-      importance: of each input, for the search; None for equal ones.
+      rule: chooses the range; None for one that holds all weights. A symmetric bit has none: its
+        scale is the mean of the sizes, the choice of least squares.
+      importance: of each input, what an error there counts; None for equal ones.
       keep: the weights that are not pruned; None for all.
       dtype: of the stored scale; None for float32 for whole rows, else float16.
     """
+    groups = cut(weight, group, importance, keep)
+    kind = jnp.dtype(dtype or ("float16" if group else "float32"))
+    size = group if groups.values.shape[1] > 1 else None
+    groups = dataclasses.replace(groups, bits=bits, size=size, symmetric=symmetric, dtype=kind)
+    if symmetric and bits == 1:
+        return groups.steps(groups.mean(jnp.abs(groups.values)), None)
+    return (rule or Absmax()).choose(groups)
+
+
+def cut(
+    weight: Float[Array, "out in"],
+    group: int | None,
+    importance: Float[Array, " in"] | None = None,
+    keep: Array | None = None,
+) -> Groups:
+    """Cut a matrix into groups along its rows; see `even_grid`."""
     out, n = weight.shape
     size = min(group or n, n)
     groups = -(-n // size)
-    # the padding repeats the last weight, so that it widens no range
     index = jnp.minimum(jnp.arange(groups * size), n - 1)
-    cut = lambda array: array[..., index].reshape(*array.shape[:-1], groups, size)
-    own = cut(weight)
-    kept = None if keep is None else cut(keep)
-    cost = None if importance is None else cut(importance)
-    inside = jnp.arange(groups * size).reshape(groups, size) < n
-    kind = jnp.dtype(dtype or ("float16" if group else "float32"))
-    if not symmetric:
-        low = jnp.min(own, axis=-1)
-        high = jnp.max(own, axis=-1)
-    elif bits == 1:
-        mass = jnp.where(inside[None], jnp.abs(own), 0.0)
-        count = jnp.sum(inside[None] if kept is None else inside[None] & kept, axis=-1)
-        low = jnp.sum(mass, axis=-1) / jnp.maximum(count, 1).astype(jnp.float32)
-        high = low
-    else:
-        high = jnp.max(jnp.abs(own), axis=-1) / (2 ** (bits - 1) - 1)
-        low = high
-
-    def grid(factor: Array | float) -> Grid:
-        if symmetric:
-            scale = high * factor
-            minimum = None
-        else:
-            minimum = (low * factor).astype(kind)
-            scale = (high * factor - minimum.astype(jnp.float32)) / (2**bits - 1)
-        scale = jnp.maximum(scale, float(jnp.finfo(kind).tiny)).astype(kind)
-        return Grid(scale, minimum, bits=bits, group=group if groups > 1 else None)
-
-    if search is None or bits == 1:
-        return grid(1.0)
-
-    def error(factor: Array) -> Array:
-        off = jnp.abs(cut(grid(factor).round(weight)) - own) ** search
-        off = jnp.where(inside[None] if kept is None else inside[None] & kept, off, 0.0)
-        return jnp.sum(off if cost is None else off * cost[None], axis=-1)
-
-    def better(best: tuple[Array, Array], factor: Array) -> tuple[tuple[Array, Array], None]:
-        found = error(factor)
-        least, at = best
-        return (jnp.where(found < least, found, least), jnp.where(found < least, factor, at)), None
-
-    start = (jnp.full((out, groups), jnp.inf), jnp.ones((out, groups)))
-    factors = jnp.linspace(1.0, 1 / 3, SHRINKS)
-    (_, factor), _ = jax.lax.scan(better, start, factors)
-    return grid(factor)
+    split = lambda array: array[..., index].reshape(*array.shape[:-1], groups, size)
+    inside = (jnp.arange(groups * size) < n).astype(jnp.float32).reshape(groups, size)
+    counts = inside if importance is None else inside * split(importance)
+    counts = jnp.broadcast_to(counts, (out, groups, size))
+    if keep is not None:
+        counts = jnp.where(split(keep), counts, 0.0)
+    return Groups(split(weight), counts, 8, None, True, jnp.dtype("float32"))

@@ -9,11 +9,11 @@ import jax
 
 from jaxmodel.compress.draft import Draft, Grid, LeafStats
 from jaxmodel.compress.method import Method
-from jaxmodel.compress.quantize.ranges import even_grid
+from jaxmodel.compress.quantize.ranges import Absmax, RangeRule, even_grid
 from jaxmodel.errors import InputError
 from jaxmodel.leaves.packing import codes_per_unit
-from jaxmodel.schema import Count, Positive, Range
-from jaxmodel.text_form import name_of
+from jaxmodel.schema import Count, Range
+from jaxmodel.text_form import name_of, read_one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Rtn(Method):
       activations: None, or "int8" to round the input of the contraction too, row by row at run
         time.
       scale_dtype: None for float32 with one scale per row and float16 with groups.
-      search: None for a range that holds all weights; else the power p of the errors whose sum a
-        narrower range makes least (2 for least squares).
+      range: how the range is chosen: a rule of `ranges` by its text, such as "mse" or
+        "percentile(99.9)". At one bit there is nothing to choose.
     """
 
     bits: Annotated[int, Range(1, 8)] = 8
@@ -41,13 +41,24 @@ class Rtn(Method):
     symmetric: bool = True
     activations: Literal["int8"] | None = None
     scale_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    search: Positive | None = None
+    range: str = "absmax"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         unit = codes_per_unit(self.bits)
         if self.group is not None and self.group % unit:
             self.refuse("group", f"at {self.bits} bits a multiple of {unit}, which fills bytes")
+        if self.rule.weighted and "gram" not in self.needs:
+            object.__setattr__(self, "needs", ("square",))
+
+    @property
+    def rule(self) -> RangeRule:
+        """The rule that `range` names.
+
+        Raises:
+          InputError: it names none.
+        """
+        return read_one(RangeRule, self.range) or Absmax()
 
     def grid(self, draft: Draft, importance: jax.Array | None = None) -> Grid:
         """Return the grid for a matrix."""
@@ -56,7 +67,7 @@ class Rtn(Method):
             self.bits,
             self.group,
             symmetric=self.symmetric,
-            search=self.search,
+            rule=self.rule,
             importance=importance,
             keep=draft.keep,
             dtype=self.scale_dtype,
@@ -65,7 +76,9 @@ class Rtn(Method):
     def step(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Draft:
         """Quantise a matrix; see `Method`."""
         check_unrounded(self, draft)
-        return draft.to(draft.weight, grid=self.grid(draft), activations=self.activations)
+        importance = stats["square"] if self.rule.weighted else None
+        grid = self.grid(draft, importance)
+        return draft.to(draft.weight, grid=grid, activations=self.activations)
 
 
 def check_unrounded(method: Method, draft: Draft) -> None:
