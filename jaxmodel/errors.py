@@ -106,14 +106,14 @@ def border(what: str) -> Iterator[None]:
         ) from None
 
 
-type Range = tuple[Callable[[float], bool], str]
+type Allowed = tuple[Callable[[float], bool], str]
 """A test whether a number is allowed, and the allowed numbers in words."""
 
-FROM_ZERO: Range = (lambda x: 0 <= x < math.inf, "a finite number of at least 0")
-SHARE: Range = (lambda x: 0 <= x <= 1, "0 to 1")
-FACTOR: Range = (lambda x: 0 < x <= 1, "above 0 and at most 1")
-ABOVE_ZERO: Range = (lambda x: 0 < x < math.inf, "a finite number above 0")
-BELOW_ONE: Range = (lambda x: 0 <= x < 1, "at least 0 and below 1")
+FROM_ZERO: Allowed = (lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+SHARE: Allowed = (lambda x: 0 <= x <= 1, "0 to 1")
+FACTOR: Allowed = (lambda x: 0 < x <= 1, "above 0 and at most 1")
+ABOVE_ZERO: Allowed = (lambda x: 0 < x < math.inf, "a finite number above 0")
+BELOW_ONE: Allowed = (lambda x: 0 <= x < 1, "at least 0 and below 1")
 
 
 def at_least(argument: str, value: object, least: int = 1) -> None:
@@ -133,7 +133,7 @@ def at_least(argument: str, value: object, least: int = 1) -> None:
         )
 
 
-def within(name: str, value: object, allowed: int | Range) -> None:
+def within(name: str, value: object, allowed: int | Allowed) -> None:
     """Refuse a value that is not a number of a range.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from tyro.conf import arg
 
-from jaxmodel.errors import Range
+from jaxmodel.errors import Allowed
 
 SOURCE = (
     "a known name (smollm2-135m, which is SmolLM2-135M-Instruct decoded from a 4-bit file), a "
@@ -38,7 +38,7 @@ class Common:
         versions of the software and the results.
     """
 
-    LEAST: ClassVar[Mapping[str, int | Range]] = {}
+    LEAST: ClassVar[Mapping[str, int | Allowed]] = {}
     """Option -> the smallest whole number that it allows, or its range of numbers."""
 
     json: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="(default: no JSON)")] = None

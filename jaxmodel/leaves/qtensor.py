@@ -20,8 +20,7 @@ class QTensor(Compressed):
     """A weight `[..., out, in]` as integer codes with a scale for each tensor, channel or group.
 
     Symmetric (no `minimum`): `w = scale * q` with q in [-2^(bits-1), 2^(bits-1) - 1], at one bit in
-      {-1, +1}.
-    Affine: `w = scale * code + minimum` with code in [0, 2^bits - 1].
+    {-1, +1}. Affine: `w = scale * code + minimum` with code in [0, 2^bits - 1].
 
     Invariants (`check`):
       packed: int8 q itself if the leaf is symmetric and has 8 bits; else uint8, the unsigned codes

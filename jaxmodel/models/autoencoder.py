@@ -1,6 +1,7 @@
 """Auto-encoders: plain, denoising, variational and sparse.
 
 The code is `hidden`, the reconstruction is `logits`.
+
 - plain (Hinton & Salakhutdinov, 2006), and denoising: some inputs are zero in training (Vincent et
   al., 2008);
 - variational (Kingma & Welling, 2014): the code is sampled in training, `aux["kl"]` is its distance

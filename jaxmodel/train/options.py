@@ -9,11 +9,11 @@ import dataclasses
 import functools
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from jaxmodel.errors import FACTOR, FROM_ZERO, SHARE, InputError, Range, one_of, within
+from jaxmodel.errors import FACTOR, FROM_ZERO, SHARE, Allowed, InputError, one_of, within
 
-DECAY: Range = (lambda x: 0 <= x < 1, "at least 0 and below 1")
+DECAY: Allowed = (lambda x: 0 <= x < 1, "at least 0 and below 1")
 
-RANGES: dict[str, int | Range] = {
+RANGES: dict[str, int | Allowed] = {
     **dict.fromkeys(("steps", "gradient_accumulation_steps", "log_every", "eval_batches"), 1),
     **dict.fromkeys(
         ("warmup_steps", "step_size", "patience", "eval_every", "save_every", "seed"), 0
