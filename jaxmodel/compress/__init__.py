@@ -17,20 +17,40 @@ from jaxmodel.compress.prune import (
     Taylor,
     Wanda,
 )
-from jaxmodel.compress.quantize import Compensate, Gptq, RangeRule, Rtn
+from jaxmodel.compress.quantize import (
+    Activations,
+    Binary,
+    Compensate,
+    Equalised,
+    Fp8,
+    Gptq,
+    InverseTransform,
+    Nf4,
+    RangeRule,
+    Rtn,
+    Stochastic,
+    Ternary,
+    Truncate,
+)
 from jaxmodel.compress.recipe_file import read_recipe
 from jaxmodel.compress.recipes import RECIPES, Recipe, get_recipe
 from jaxmodel.compress.variants import variants
 
 __all__ = [
     "RECIPES",
+    "Activations",
+    "Binary",
     "Compensate",
+    "Equalised",
     "Fisher",
+    "Fp8",
     "Gptq",
     "Gradient",
+    "InverseTransform",
     "Magnitude",
     "Method",
     "Movement",
+    "Nf4",
     "Obs",
     "Random",
     "RangeRule",
@@ -39,7 +59,10 @@ __all__ = [
     "Rtn",
     "Snip",
     "Sparsegpt",
+    "Stochastic",
     "Taylor",
+    "Ternary",
+    "Truncate",
     "Wanda",
     "apply",
     "compress_bundle",

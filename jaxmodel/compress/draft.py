@@ -25,6 +25,7 @@ from jaxmodel.leaves.block_sparse import cut
 from jaxmodel.leaves.hadamard import turn
 from jaxmodel.leaves.leaf import register, static
 from jaxmodel.leaves.packing import pack, pad_last
+from jaxmodel.leaves.qtensor import FLOATS
 from jaxmodel.leaves.sparse import gather_kept
 
 type LeafStats = Mapping[str, Array]
@@ -41,6 +42,7 @@ class Grid:
       minimum: None (q is signed and symmetric, -1 and +1 at one bit), or like `scale`.
       table: None, or `[out or 1, 2^bits]`, sorted.
       bits: of a code.
+      form: None, or what else a code is than an integer (see `leaves.QTensor`).
       group: the length of a group of `scale` along a row; None for whole rows.
     """
 
@@ -49,6 +51,7 @@ class Grid:
     table: Any = None
     bits: int = static(default=8)
     group: int | None = static(default=None)
+    form: str | None = static(default=None)
 
     def _wide(self, small: Array, n: int) -> Array:
         return jnp.repeat(small.astype(jnp.float32), self.group or n, axis=-1)[..., :n]
@@ -56,7 +59,10 @@ class Grid:
     def values(self, codes: Integer[Array, "out in"]) -> Float[Array, "out in"]:
         """Return the values that codes stand for."""
         n = codes.shape[-1]
-        if self.table is None:
+        if self.form in FLOATS:
+            numbers = jax.lax.bitcast_convert_type(codes.astype(jnp.uint8), FLOATS[self.form])
+            values = numbers.astype(jnp.float32)
+        elif self.table is None:
             values = codes.astype(jnp.float32)
         else:
             table = jnp.broadcast_to(
@@ -75,11 +81,19 @@ class Grid:
         if self.scale is not None:
             weight = weight / self._wide(self.scale, n)
         if self.table is not None:
-            middle = 0.5 * (self.table[:, 1:] + self.table[:, :-1]).astype(jnp.float32)
+            table = self.table.astype(jnp.float32)
+            middle = 0.5 * (table[:, 1:] + table[:, :-1])
+            more = lambda i, codes: codes + (weight > middle[:, i, None]).astype(jnp.int32)
             codes = jnp.zeros(weight.shape, jnp.int32)
+            if middle.shape[-1] >= 16:
+                return jax.lax.fori_loop(0, middle.shape[-1], more, codes)
             for i in range(middle.shape[-1]):  # of so few levels, that beats a search
-                codes = codes + (weight > middle[:, i, None]).astype(jnp.int32)
+                codes = more(i, codes)
             return codes
+        if self.form in FLOATS:
+            top = float(jnp.finfo(FLOATS[self.form]).max)
+            numbers = jnp.clip(weight, -top, top).astype(FLOATS[self.form])
+            return jax.lax.bitcast_convert_type(numbers, jnp.uint8).astype(jnp.int32)
         if self.minimum is not None:
             codes = jnp.clip(jnp.round(weight), 0, 2**self.bits - 1)
         elif self.bits == 1:
@@ -110,7 +124,9 @@ class Draft:
       kept: how many weights of each row are kept, where that is known before the data is.
       pattern: None, or (N, M): N of each M neighbours are kept.
       block: None, or the size of the blocks that are kept as a whole.
-      activations: None, or "int8": what the input is rounded to when the leaf runs.
+      activations: None, or what the input is rounded to when the leaf runs (see
+        `leaves.QTensor`).
+      limit: None, or where the input is clipped then, a number.
       changed: whether a method did anything.
     """
 
@@ -119,6 +135,7 @@ class Draft:
     keep: Any = None
     grid: Any = None
     scale: Any = None
+    limit: Any = None
     notes: Any = dataclasses.field(default_factory=dict)
     hadamard: int = static(default=0)
     kept: int | None = static(default=None)
@@ -203,7 +220,7 @@ def open_leaf(leaf: Any) -> Draft:
             _grid_of(leaf),
             kept=values.shape[-1],
             pattern=leaf.pattern,
-            activations=values.activations if isinstance(values, QTensor) else None,
+            **_input_of(values),
         )
     if isinstance(leaf, BlockSparse):
         height, width = leaf.block
@@ -212,12 +229,18 @@ def open_leaf(leaf: Any) -> Draft:
         return Draft(weight, weight, keep, block=leaf.block)
     if isinstance(leaf, QTensor | Codebook):
         weight = leaf.decode()
-        activations = leaf.activations if isinstance(leaf, QTensor) else None
-        return Draft(weight, weight, grid=_grid_of(leaf), activations=activations)
+        return Draft(weight, weight, grid=_grid_of(leaf), **_input_of(leaf))
     if isinstance(leaf, Compressed):
         raise InputError(f"chain: takes a matrix, plain or compressed, not {type(leaf).__name__}")
     weight = leaf.astype(jnp.float32)
     return Draft(weight, weight)
+
+
+def _input_of(leaf: Any) -> dict[str, Any]:
+    if not isinstance(leaf, QTensor):
+        return {}
+    limit = None if leaf.limit is None else leaf.limit[0, 0]
+    return {"activations": leaf.activations, "limit": limit}
 
 
 def _grid_of(leaf: Any) -> Grid | None:
@@ -230,9 +253,9 @@ def _grid_of(leaf: Any) -> Grid | None:
         return grid
     if isinstance(leaf, Codebook):
         group = _group(leaf)
-        return Grid(leaf.scale, None, leaf.table.astype(jnp.float32), bits=leaf.bits, group=group)
+        return Grid(leaf.scale, None, leaf.table, bits=leaf.bits, group=group)
     if isinstance(leaf, QTensor):
-        return Grid(leaf.scale, leaf.minimum, bits=leaf.bits, group=_group(leaf))
+        return Grid(leaf.scale, leaf.minimum, bits=leaf.bits, group=_group(leaf), form=leaf.form)
     return None
 
 
@@ -285,15 +308,17 @@ def _stored(draft: Draft, n: int | None) -> Any:
     if draft.keep is not None:
         leaf = _sparse(draft, leaf, n)
     elif draft.grid is not None:
-        leaf = _encoded(leaf, draft.grid, draft.activations)
+        leaf = _encoded(leaf, draft.grid, draft)
     return _turned(leaf, draft)
 
 
-def _encoded(codes: Array, grid: Grid, activations: str | None) -> QTensor | Codebook:
-    shape = {"bits": grid.bits, "group": grid.group}
+def _encoded(codes: Array, grid: Grid, draft: Draft) -> QTensor | Codebook:
+    shape: dict[str, Any] = {"bits": grid.bits, "group": grid.group}
     if grid.table is not None:
         return Codebook.from_codes(codes, grid.table, grid.scale, **shape)
-    return QTensor.from_codes(codes, grid.scale, grid.minimum, **shape, activations=activations)
+    limit = None if draft.limit is None else draft.limit[..., None, None]
+    shape |= {"activations": draft.activations, "limit": limit, "form": grid.form}
+    return QTensor.from_codes(codes, grid.scale, grid.minimum, **shape)
 
 
 def _sparse(draft: Draft, dense: Array, n: int | None) -> Sparse:
@@ -303,7 +328,7 @@ def _sparse(draft: Draft, dense: Array, n: int | None) -> Sparse:
     scale = None
     group = None
     if grid is not None and grid.group is None:
-        values = _encoded(values, grid, draft.activations)
+        values = _encoded(values, grid, draft)
     elif grid is not None:
         if grid.minimum is not None or grid.table is not None:
             raise InputError(
@@ -313,7 +338,7 @@ def _sparse(draft: Draft, dense: Array, n: int | None) -> Sparse:
         scale = grid.scale
         group = grid.group
         one = jnp.ones((*values.shape[:-2], 1, 1), jnp.float32)
-        values = QTensor.from_codes(values, one, bits=grid.bits, activations=draft.activations)
+        values = _encoded(values, dataclasses.replace(grid, scale=one, group=None), draft)
     mask = pack(bits.astype(jnp.uint8), 1)
     return Sparse(mask, values, pattern=draft.pattern, pad=pad, scale=scale, group=group)
 
@@ -333,7 +358,14 @@ def opened(chain: tuple[Any, ...], leaf: Any, stats: LeafStats, key: jax.Array) 
     """
     draft = open_leaf(leaf)
     for i, method in enumerate(chain):
-        draft = method.step(draft, draft.seen(stats), jax.random.fold_in(key, i))
+        seen = draft.seen(stats)
+        for name in method.needs:
+            if name not in seen:
+                raise InputError(
+                    f"stats: {str(method)!r} needs {name!r} of what the weights meet, which is "
+                    "not known" + (" behind a scale or a rotation" if name in stats else "")
+                )
+        draft = method.step(draft, seen, jax.random.fold_in(key, i))
     return dataclasses.replace(draft, target=None)
 
 

@@ -236,4 +236,4 @@ def _by_column(grid: Grid, n: int, extra: int) -> Grid:
 
     table = grid.table
     table = None if table is None else jnp.broadcast_to(table, (n + extra, *table.shape))
-    return Grid(spread(grid.scale), spread(grid.minimum), table, bits=grid.bits)
+    return Grid(spread(grid.scale), spread(grid.minimum), table, bits=grid.bits, form=grid.form)

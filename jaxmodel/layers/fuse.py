@@ -124,7 +124,10 @@ def _joinable(members: list[Any]) -> bool:
         return False
     if isinstance(first, Compressed):
         if not all(
-            isinstance(leaf, QTensor) and leaf.scale.shape[-2] == leaf.shape[-2] for leaf in members
+            isinstance(leaf, QTensor)
+            and leaf.scale.shape[-2] == leaf.shape[-2]
+            and leaf.limit is None  # one of all rows
+            for leaf in members
         ):
             return False
     elif not all(hasattr(leaf, "at") or isinstance(leaf, jax.ShapeDtypeStruct) for leaf in members):

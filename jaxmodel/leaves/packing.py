@@ -69,6 +69,34 @@ def unpack(packed: UInt8[Array, "... m"], bits: int) -> UInt8[Array, "... n"]:
     return codes.reshape(*lead, m // bits * 8)
 
 
+def pack_trits(codes: Integer[Array, "... n"]) -> UInt8[Array, "... m"]:
+    """Pack codes in {0, 1, 2} along the last axis, whose length is a multiple of 5: 5 in a byte.
+
+    >>> pack_trits(jnp.array([2, 0, 1, 0, 2]))
+    Array([173], dtype=uint8)
+    """
+    groups = codes.astype(jnp.uint8).reshape(*codes.shape[:-1], codes.shape[-1] // 5, 5)
+    total = groups[..., 4]
+    for i in (3, 2, 1, 0):
+        total = total * jnp.uint8(3) + groups[..., i]
+    return total
+
+
+def unpack_trits(packed: UInt8[Array, "... m"]) -> UInt8[Array, "... n"]:
+    """Unpack what `pack_trits` packed.
+
+    >>> unpack_trits(jnp.array([173], jnp.uint8))
+    Array([2, 0, 1, 0, 2], dtype=uint8)
+    """
+    rest = packed.astype(jnp.uint16)
+    trits = []
+    for _ in range(5):
+        third = (rest * jnp.uint16(171)) >> 9  # floor(rest / 3) below 256, without a division
+        trits.append((rest - 3 * third).astype(jnp.uint8))
+        rest = third
+    return jnp.stack(trits, axis=-1).reshape(*packed.shape[:-1], packed.shape[-1] * 5)
+
+
 def _count(stop: int, step: int, ndim: int, axis: int) -> jax.Array:
     """Return 0, step, 2 step, ... below stop, along one of `ndim` axes."""
     shape = [1] * ndim

@@ -9,10 +9,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Shaped
 
-from jaxmodel.leaves.leaf import AxisSizes, Compressed, expect, full_spec, register, shards, static
-from jaxmodel.leaves.packing import codes_per_unit, pack, pad_last, unpack, unpacked_length
+from jaxmodel.leaves.leaf import (
+    AxisSizes,
+    Compressed,
+    expect,
+    full_spec,
+    later,
+    register,
+    shards,
+    static,
+)
+from jaxmodel.leaves.packing import (
+    codes_per_unit,
+    pack,
+    pack_trits,
+    pad_last,
+    unpack,
+    unpack_trits,
+    unpacked_length,
+)
+
+FLOATS = {"e4m3": jnp.dtype("float8_e4m3fn"), "e5m2": jnp.dtype("float8_e5m2")}
+"""The forms of a code of 8 bits that is a floating-point number itself."""
+
+TERNARY = "ternary"
+"""The form of codes in {-1, 0, 1}, five of which are stored in a byte."""
 
 
 @register
@@ -32,8 +55,12 @@ class QTensor(Compressed):
       minimum: None, or an array with the shape and dtype of `scale`.
       pad: the number of unused codes at the end of each row: fewer than one of several groups (or a
         byte) holds; where a row has one scale, fewer than all.
-      activations: None (the contraction runs in floating point) or "int8" (its input is quantised
-        to int8, with a scale per row).
+      activations: None (the contraction runs in floating point), or what its input is rounded to,
+        with a scale for each row: "int8", "e4m3" or "e5m2".
+      limit: None, or floating `[..., 1, 1]`: the input is clipped at it, and rounded with this one
+        scale in place of one for each row.
+      form: None for integers of `bits`; "ternary" for q in {-1, 0, 1} (2 bits), five in a byte;
+        "e4m3" or "e5m2" for numbers of 8 bits with a fraction, whose bits `packed` holds.
     """
 
     packed: Any  # the buffers are Any because specs() and tree maps replace them by other things
@@ -42,34 +69,50 @@ class QTensor(Compressed):
     bits: int = static(default=8)
     pad: int = static(default=0)
     activations: str | None = static(default=None)
+    limit: Any = later(default=None)
+    form: str | None = later(default=None, fixed=True)
 
     @classmethod
     def from_codes(
         cls,
-        codes: Integer[Array, "... out in"],
+        codes: Shaped[Array, "... out in"],
         scale: Float[Array, "... o g"],
         minimum: Float[Array, "... o g"] | None = None,
         *,
         bits: int,
         group: int | None = None,
         activations: str | None = None,
+        limit: Float[Array, "... 1 1"] | None = None,
+        form: str | None = None,
     ) -> QTensor:
-        """Pack codes: signed q if symmetric (no `minimum`), else unsigned.
+        """Pack codes: signed q if symmetric (no `minimum`), else unsigned; or numbers of 8 bits.
 
         Args:
-          codes: one integer for each weight.
+          codes: one integer for each weight; of the forms "e4m3" and "e5m2" the number, or its
+            bits as an integer.
           scale: `[..., out or 1, groups or 1]`.
           minimum: of the same shape as `scale`, for an affine leaf.
           bits: 1 to 8.
           group: length of a group along the last axis; None for one scale per row or tensor.
-          activations: None or "int8".
+          activations: see the class.
+          limit: see the class.
+          form: see the class.
         """
         unit = group or 1
         if minimum is not None or bits < 8:
-            unit = math.lcm(unit, codes_per_unit(bits))
+            unit = math.lcm(unit, unit_of(bits, form))
         pad = -codes.shape[-1] % unit
-        stored = _store(codes, bits, unit, minimum is None)
-        leaf = cls(stored, scale, minimum, bits=bits, pad=pad, activations=activations)
+        stored = _store(codes, bits, unit, minimum is None, form)
+        leaf = cls(
+            stored,
+            scale,
+            minimum,
+            bits=bits,
+            pad=pad,
+            activations=activations,
+            limit=limit,
+            form=form,
+        )
         leaf.check()
         expect(
             group is None or leaf.groups * group == leaf._padded,
@@ -86,6 +129,8 @@ class QTensor(Compressed):
     @property
     def _padded(self) -> int:
         n = self.packed.shape[-1]
+        if self.form == TERNARY:
+            return 5 * n
         return n if self.packed.dtype == jnp.int8 else unpacked_length(n, self.bits)
 
     @property
@@ -103,13 +148,20 @@ class QTensor(Compressed):
         """The number of scales along the last axis."""
         return self.scale.shape[-1]
 
-    def codes(self) -> Integer[Array, "... out in"]:
-        """Return the codes without padding: int8 q of a symmetric leaf, uint8 of an affine one."""
+    def codes(self) -> Shaped[Array, "... out in"]:
+        """Return the codes without padding.
+
+        They are int8 q of a symmetric leaf, uint8 of an affine one, or numbers of 8 bits.
+        """
         return _codes(self)
 
-    def _padded_codes(self) -> Integer[Array, "... out n"]:
+    def _padded_codes(self) -> Shaped[Array, "... out n"]:
         if self.packed.dtype == jnp.int8:
             return self.packed
+        if self.form in FLOATS:
+            return jax.lax.bitcast_convert_type(self.packed, FLOATS[self.form])
+        if self.form == TERNARY:
+            return unpack_trits(self.packed).astype(jnp.int8) - jnp.int8(1)
         codes = unpack(self.packed, self.bits)
         if self.minimum is not None:
             return codes
@@ -125,7 +177,7 @@ class QTensor(Compressed):
         *lead, out, last = full_spec(spec, self.ndim)
         parts = shards(last, sizes)
         unit = math.lcm(
-            self._padded // self.groups if self.groups > 1 else 1, codes_per_unit(self.bits)
+            self._padded // self.groups if self.groups > 1 else 1, unit_of(self.bits, self.form)
         )
         expect(
             parts == 1 or (self.pad == 0 and self._in % (parts * unit) == 0),
@@ -147,6 +199,8 @@ class QTensor(Compressed):
             bits=self.bits,
             pad=self.pad,
             activations=self.activations,
+            limit=None if self.limit is None else PartitionSpec(*lead, None, None),
+            form=self.form,
         )
 
     def check(self) -> None:
@@ -154,7 +208,16 @@ class QTensor(Compressed):
         p = self.packed
         s = self.scale
         expect(self.bits in range(1, 9), self, f"bits is {self.bits}; allowed: 1 to 8")
-        signed = self.bits == 8 and self.minimum is None
+        forms = {None: None, TERNARY: 2, **dict.fromkeys(FLOATS, 8)}
+        expect(
+            self.form in forms
+            and forms[self.form] in (None, self.bits)
+            and (self.form is None or self.minimum is None),
+            self,
+            f"form is {self.form!r} at {self.bits} bits; allowed: None, 'ternary' at 2 bits, "
+            "'e4m3' and 'e5m2' at 8, without a minimum",
+        )
+        signed = self.bits == 8 and self.minimum is None and self.form is None
         want = jnp.int8 if signed else jnp.uint8
         expect(
             p.dtype == want,
@@ -162,7 +225,7 @@ class QTensor(Compressed):
             f"packed has dtype {p.dtype}; {jnp.dtype(want)} is needed at {self.bits} bits",
         )
         expect(p.ndim >= 2, self, f"packed has shape {p.shape}; allowed: at least [out, in]")
-        unit = codes_per_unit(self.bits)
+        unit = unit_of(self.bits, self.form)
         expect(
             signed or self._padded % unit == 0,
             self,
@@ -199,18 +262,36 @@ class QTensor(Compressed):
             same = self.minimum.shape == s.shape and self.minimum.dtype == s.dtype
             expect(same, self, "minimum differs from scale in shape or dtype")
         expect(
-            self.activations in (None, "int8"),
+            self.activations in (None, "int8", *FLOATS),
             self,
-            f"activations is {self.activations!r}; allowed: None, 'int8'",
+            f"activations is {self.activations!r}; allowed: None, 'int8', 'e4m3', 'e5m2'",
         )
+        if self.limit is not None:
+            expect(
+                self.activations is not None and self.limit.shape == (*p.shape[:-2], 1, 1),
+                self,
+                f"limit has shape {self.limit.shape}; {(*p.shape[:-2], 1, 1)} is needed, and "
+                "activations",
+            )
+
+
+def unit_of(bits: int, form: str | None) -> int:
+    """Return the number of codes in a unit of whole bytes."""
+    return 5 if form == TERNARY else codes_per_unit(bits)
 
 
 # Called outside of jit, each of these is one program in place of one for every operation.
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
-def _store(codes: jax.Array, bits: int, unit: int, symmetric: bool) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), inline=True)
+def _store(codes: jax.Array, bits: int, unit: int, symmetric: bool, form: str | None) -> jax.Array:
     """Return the packed codes of rows filled up to a multiple of `unit`."""
+    if form in FLOATS:
+        if jnp.issubdtype(codes.dtype, jnp.floating):
+            codes = jax.lax.bitcast_convert_type(codes.astype(FLOATS[form]), jnp.uint8)
+        return pad_last(codes.astype(jnp.uint8), unit)[0]
+    if form == TERNARY:
+        return pack_trits(pad_last((codes + 1).astype(jnp.uint8), unit)[0])
     if symmetric and bits == 8:
         return pad_last(codes.astype(jnp.int8), unit)[0]
     if symmetric:

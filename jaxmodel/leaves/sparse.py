@@ -25,7 +25,7 @@ from jaxmodel.leaves.leaf import (
     static,
 )
 from jaxmodel.leaves.packing import pack, pad_last, unpack
-from jaxmodel.leaves.qtensor import QTensor
+from jaxmodel.leaves.qtensor import FLOATS, QTensor
 
 
 @register
@@ -110,8 +110,15 @@ class Sparse(Compressed):
             max(self.values.bits, 2),  # one bit has no code for zero
         )
         scale = self.values.scale if self.scale is None else self.scale
+        of = self.values
         return QTensor.from_codes(
-            codes, scale, bits=bits, group=self.group, activations=self.values.activations
+            codes,
+            scale,
+            bits=bits,
+            group=self.group,
+            activations=of.activations,
+            limit=of.limit,
+            form=of.form if of.form in FLOATS else None,
         )
 
     def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> Sparse:

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import Adapted, BlockSparse, Compressed, QTensor, Sparse, Turned, decode
+from jaxmodel.leaves.qtensor import FLOATS
 from jaxmodel.ops.block_sparse import beside, block_product
 from jaxmodel.ops.norms import on_last
 from jaxmodel.ops.policy import Policy
@@ -241,16 +242,17 @@ def _of_codes(
     if isinstance(w, Sparse):
         dense = w.expand()
         return _matmul(
-            x if isinstance(dense, QTensor) or not _dynamic(w) else _rounded(x), dense, policy
+            x if isinstance(dense, QTensor) or not _dynamic(w) else _rounded(x, w.values),
+            dense,
+            policy,
         )
     compute = jnp.dtype(policy.compute_dtype)
     plain_codes = w.groups == 1 and w.minimum is None
-    if w.activations == "int8":
-        if plain_codes:
-            return _int8_matmul(x, w)
-        # grouped codes: round the input, then contract with decoded weights
-        x = _rounded(x)
-    elif plain_codes:
+    if w.activations == "int8" and plain_codes and w.form not in FLOATS:
+        return _int8_matmul(x, w)
+    if w.activations is not None:
+        x = _rounded(x, w)
+    if plain_codes:
         return _dot(x, w.codes().astype(compute), compute) * _row_scale(w, x.ndim)
     return _dot(x, decode(w, compute), compute)
 
@@ -286,16 +288,30 @@ def _turned_dot(x: Float[Array, "n B"], w: Float[Array, "m n"]) -> Float[Array, 
     return _dot(x.T, w, x.dtype).T if x.shape[1] == 1 else product("mn,nb->mb", w, x, x.dtype)
 
 
-def quantize_rows(x: Float[Array, "... n"]) -> tuple[Int[Array, "... n"], Float[Array, "... 1"]]:
-    """Round each row to int8 in [-127, 127] with its own scale: `x ~ q * scale`."""
+def quantize_rows(
+    x: Float[Array, "... n"], limit: Float[Array, "1 1"] | None = None, kind: str = "int8"
+) -> tuple[Shaped[Array, "... n"], Float[Array, "... _"]]:
+    """Round each row with its own scale: `x ~ q * scale`.
+
+    Args:
+      x: the rows.
+      limit: None, or where all rows are clipped, which gives them one scale.
+      kind: "int8" for q in [-127, 127], "e4m3" or "e5m2" for numbers of 8 bits.
+    """
     x = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-12) / 127
-    return jnp.round(x / scale).astype(jnp.int8), scale
+    top = float(jnp.finfo(FLOATS[kind]).max) if kind in FLOATS else 127.0
+    if limit is None:
+        scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-12) / top
+        q = x / scale
+    else:
+        scale = jnp.maximum(limit.astype(jnp.float32).reshape((1,) * x.ndim), 1e-12) / top
+        q = jnp.clip(x / scale, -top, top)
+    return q.astype(FLOATS[kind]) if kind in FLOATS else jnp.round(q).astype(jnp.int8), scale
 
 
-def _rounded(x: Float[Array, "... n"]) -> Float[Array, "... n"]:
-    """Round the input to its int8 codes and back; its gradient is that of the identity."""
-    q, scale = quantize_rows(x)
+def _rounded(x: Float[Array, "... n"], w: QTensor) -> Float[Array, "... n"]:
+    """Round the input as `w` says, and back; its gradient is that of the identity."""
+    q, scale = quantize_rows(x, w.limit, w.activations or "int8")
     x = x.astype(jnp.float32)
     return x + jax.lax.stop_gradient(q.astype(jnp.float32) * scale - x)
 
@@ -303,7 +319,7 @@ def _rounded(x: Float[Array, "... n"]) -> Float[Array, "... n"]:
 @jax.custom_jvp
 def _int8_matmul(x: Float[Array, "... in"], w: QTensor) -> Float[Array, "... out"]:
     """Compute int8 x int8 -> int32, and scale the result back."""
-    q, scale = quantize_rows(x)
+    q, scale = quantize_rows(x, w.limit)
     return _dot(q, w.codes(), jnp.int8).astype(jnp.float32) * scale * _row_scale(w, x.ndim)
 
 
@@ -324,7 +340,7 @@ def _dynamic(w: Any) -> bool:
     if isinstance(w, Turned):
         return _dynamic(w.base)
     return (
-        w.activations == "int8"
+        w.activations is not None
         if isinstance(w, QTensor)
         else isinstance(w, Sparse) and _dynamic(w.values)
     )

@@ -190,6 +190,19 @@ def histogram(x: Float[Array, "..."]) -> Float[Array, " bins"]:
     return jnp.zeros(HISTOGRAM_BINS, jnp.float32).at[place].add(1.0)
 
 
+def histogram_quantile(counts: Float[Array, " bins"], share: float) -> Float[Array, ""]:
+    """Return the size below which a share of the elements lies, from their histogram.
+
+    Within a bin, which is half an octave wide, it is interpolated on the logarithmic scale.
+    """
+    wanted = share * jnp.sum(counts)
+    upto = jnp.cumsum(counts)
+    i = jnp.argmax(upto >= wanted * (1 - 1e-6))
+    inside = (wanted - (upto[i] - counts[i])) / jnp.maximum(counts[i], 1e-30)
+    octave = (i.astype(jnp.float32) + jnp.clip(inside, 0, 1)) * HISTOGRAM_STEP + HISTOGRAM_LOW
+    return 2.0**octave
+
+
 def _gather(total: Array, x: Array, zero: Array) -> Array:
     """Sum over the mesh axes that the data varies over but the zeros do not (in `shard_map`)."""
     axes = _varying(x) - _varying(zero)

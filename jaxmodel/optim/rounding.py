@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, UInt32
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import QTensor
 from jaxmodel.leaves.packing import pad_last
+from jaxmodel.leaves.qtensor import FLOATS
 
 HEADROOM = 1.25
 """The headroom of a new scale above the largest weight of its group.
@@ -106,8 +107,9 @@ def moved(leaf: QTensor, update: Float[Array, "..."], key: jax.Array) -> QTensor
     Raises:
       InputError: the leaf is of another kind.
     """
-    if leaf.minimum is not None or leaf.bits < 2:
+    if leaf.minimum is not None or leaf.bits < 2 or leaf.form in FLOATS:
         kind = "an affine QTensor" if leaf.minimum is not None else "a QTensor of 1 bit"
+        kind = f"a QTensor of the form {leaf.form!r}" if leaf.form in FLOATS else kind
         raise InputError(
             f"trainable: {kind} cannot be rounded stochastically; allowed: symmetric QTensors of 2 "
             "to 8 bits"
@@ -136,7 +138,15 @@ def moved(leaf: QTensor, update: Float[Array, "..."], key: jax.Array) -> QTensor
     place = jnp.clip(jnp.floor(place + dither(key, place.shape)), -top, top)
     place = place.reshape(*place.shape[:-2], groups * width)[..., :n].astype(jnp.int32)
     group = width if groups > 1 or leaf.pad else None
-    return QTensor.from_codes(place, new, bits=leaf.bits, group=group, activations=leaf.activations)
+    return QTensor.from_codes(
+        place,
+        new,
+        bits=leaf.bits,
+        group=group,
+        activations=leaf.activations,
+        limit=leaf.limit,
+        form=leaf.form,
+    )
 
 
 # ------------------------------------------------------------------------------------------ moments

@@ -17,6 +17,7 @@ import pytest
 from jaxmodel import compress, leaves
 from jaxmodel.compress.draft import draft_of, fake, open_leaf, opened, store
 from jaxmodel.compress.prune.masks import Pruning
+from jaxmodel.ops.probe import histogram
 
 LAYERS = 2
 OUT = 8
@@ -50,6 +51,15 @@ ROUND = [
     "rtn(1)",
     "rtn(3, symmetric=False, range='hqq')",
     "rtn(4, group=16, range='gibbs(weighted=True)')",
+    "nf4(group=16)",
+    "inverse_transform(3)",
+    "equalised(3, group=16)",
+    "fp8('e5m2', group=16)",
+    "truncate(4)",
+    "stochastic(3, symmetric=False)",
+    "ternary(group=10)",
+    "binary(stochastic=True)",
+    "rtn(4, group=16) | activations(percentile=99.0)",
     "gptq(4)",
     "gptq(3, group=16, act_order=False, sweeps=1)",
     "gptq(4, symmetric=False, range='percentile(99)')",
@@ -84,6 +94,7 @@ INPUTS = random(2, LAYERS, 100, IN) @ random(3, LAYERS, IN, IN)
 GRAM = jnp.einsum("lti,ltj->lij", INPUTS, INPUTS)
 STATS = {
     "gram": GRAM,
+    "histogram": jax.vmap(histogram)(INPUTS),
     "square": jnp.diagonal(GRAM, axis1=1, axis2=2),
     "count": jnp.full(LAYERS, 100.0),
     "gradient": random(4, LAYERS, OUT, IN),

@@ -42,7 +42,11 @@ def qtensor(
 ) -> QTensor:
     rng = np.random.default_rng(bits)
     shape = (L, 1 if scales == "tensor" else OUT, -(-n // group) if group else 1)
-    if affine:
+    if static.get("form") == "ternary":
+        codes = rng.integers(-1, 2, (L, OUT, n))
+    elif static.get("form"):
+        codes = rng.integers(0, 120, (L, OUT, n))
+    elif affine:
         codes = rng.integers(0, 2**bits, (L, OUT, n))
     elif bits == 1:
         codes = rng.choice([-1, 1], (L, OUT, n))
@@ -112,6 +116,12 @@ LEAVES = {
     "int3 affine groups": qtensor(3, affine=True, group=8),
     "int2 padded": qtensor(2, n=13),
     "int1 tensor": qtensor(1, scales="tensor"),
+    "ternary padded": qtensor(2, n=13, form="ternary"),
+    "ternary groups": qtensor(2, n=24, group=10, form="ternary"),
+    "e4m3 limit": qtensor(
+        8, form="e4m3", activations="e4m3", limit=jnp.full((L, 1, 1), 3.0, jnp.float32)
+    ),
+    "e5m2 groups": qtensor(8, form="e5m2", group=8),
     "sparse": sparse(),
     "sparse padded": sparse(n=13),
     "sparse 2:4": sparse(pattern=(2, 4)),

@@ -11,9 +11,11 @@ from hypothesis import given, settings, strategies as st
 from jaxmodel.leaves.packing import (
     codes_per_unit,
     pack,
+    pack_trits,
     packed_length,
     pad_last,
     unpack,
+    unpack_trits,
     unpacked_length,
 )
 
@@ -101,3 +103,11 @@ def test_pad_last(n, multiple, extra):
     assert added == extra
     assert array.dtype == jnp.int8
     np.testing.assert_array_equal(array, np.pad(np.ones((2, n)), ((0, 0), (0, extra))))
+
+
+def test_five_trits_are_the_digits_of_a_byte_to_base_three():
+    codes = np.stack(np.meshgrid(*[np.arange(3)] * 5, indexing="ij"), axis=-1).reshape(1, -1)
+    packed = np.asarray(jax.jit(pack_trits)(jnp.asarray(codes)))
+    want = codes.reshape(-1, 5) @ 3 ** np.arange(5)
+    np.testing.assert_array_equal(packed[0], want)
+    np.testing.assert_array_equal(jax.jit(unpack_trits)(packed), codes)

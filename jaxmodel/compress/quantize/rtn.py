@@ -45,9 +45,7 @@ class Rtn(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unit = codes_per_unit(self.bits)
-        if self.group is not None and self.group % unit:
-            self.refuse("group", f"at {self.bits} bits a multiple of {unit}, which fills bytes")
+        check_group(self, self.group, self.bits)
         if self.rule.weighted and "gram" not in self.needs:
             object.__setattr__(self, "needs", ("square",))
 
@@ -79,6 +77,17 @@ class Rtn(Method):
         importance = stats["square"] if self.rule.weighted else None
         grid = self.grid(draft, importance)
         return draft.to(draft.weight, grid=grid, activations=self.activations)
+
+
+def check_group(method: Method, group: int | None, bits: int) -> None:
+    """Refuse groups that do not fill whole bytes.
+
+    Raises:
+      InputError: they do not.
+    """
+    unit = codes_per_unit(bits)
+    if group is not None and group % unit:
+        method.refuse("group", f"at {bits} bits a multiple of {unit}, which fills bytes")
 
 
 def check_unrounded(method: Method, draft: Draft) -> None:
