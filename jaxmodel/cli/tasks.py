@@ -161,6 +161,22 @@ def with_head(model: Any, params: Any, task: str, key: Any) -> tuple[Any, Any]:
     return other, whole
 
 
+def check_known(params: Any, begun: Any, task: str) -> None:
+    """Refuse adapters for a model with new leaves: they would neither train nor be saved.
+
+    Raises:
+      InputError: a leaf that `begun` does not have.
+    """
+    from jaxmodel import tree
+
+    new = set(tree.flatten(params)) - set(tree.flatten(begun))
+    if new:
+        raise InputError(
+            f"--task: {task} with --lora given, and {', '.join(sorted(new))} would be new and not "
+            "train; allowed: without --lora, or a model that has them"
+        )
+
+
 def loss_of(task: str, model: Any, tokenizer: Any) -> Any:
     """Return the loss of a task; None for what the batch itself asks for."""
     from jaxmodel import contrib, losses

@@ -300,6 +300,7 @@ class _Job:
             if task != "classify":
                 model, self.params = tasks.with_head(model, self.params, task, key)
                 if self.lora is not None:
+                    tasks.check_known(self.params, begun.params, task)
                     model = self._with_adapters(options, model, ())
         self.task = task
         if task == "language":

@@ -90,6 +90,16 @@ def test_adapters_of_a_classifier_go_with_its_head(room, capsys):
     assert said["classes"] == 2, err
 
 
+def test_adapters_beside_a_new_head_are_refused(room, capsys):
+    """The head would be random and neither train nor be saved."""
+    vectors = ["--data", room / "alike.jsonl", "--out", room / "no-head", "--vocab", 260]
+    train(room, capsys, "--model", "bert/tiny", "--task", "embed", *vectors)
+    more = ["--task", "masked", "--data", room / "a.txt", "--lora", 2, "--out", room / "none"]
+    said = train(room, capsys, "--init", room / "no-head", *more, code=2)
+    assert "head/" in said and "would be new and not train" in said
+    assert not (room / "none").exists()
+
+
 def test_an_encoder_with_a_decoder_learns_pairs(room, capsys):
     data = ["--data", room / "pairs.jsonl", "--out", room / "writes"]
     result = train(room, capsys, "--model", "t5/tiny", "--vocab", 260, *data)
