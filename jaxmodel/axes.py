@@ -94,7 +94,7 @@ class Letters(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """The axes that a model declares for its leaves.
+    r"""The axes that a model declares for its leaves.
 
     Attributes:
       rules: (pattern of layer paths, letters), or with a third entry, the `PartitionSpec` of leaves
@@ -108,6 +108,14 @@ class Axes:
         group norm divides into groups.
       fused: names of leaves in one folder that read the same input and that the model's layers also
         accept as one leaf; see `layers.fuse`.
+      feeds: where a positive factor of a unit may move: (pattern of leaves, pattern of others).
+        What the first scale (a norm's weight and bias, or a linear map and its bias) is read by the
+        others alone, each unit by itself, so the first may be divided by what the others are
+        multiplied with. `\1` in the second stands for the first group of the match: a layer.
+        Between maps whose axes end in a small letter (values and outputs of a head) the units of
+        that letter may also be rotated. `compress.transforms` read it; a contract test proves it.
+      norm_offset: what the norms of `feeds` add to their weights.
+      norm_mean: whether these norms subtract the mean of the units.
 
     Raises:
       InputError: letters that cannot be parsed.
@@ -118,6 +126,9 @@ class Axes:
     shared: tuple[str, ...] = ("D", "V")
     ordered: tuple[str, ...] = ("V",)
     fused: tuple[tuple[str, ...], ...] = ()
+    feeds: tuple[tuple[str, str], ...] = ()
+    norm_offset: float = 0.0
+    norm_mean: bool = False
 
     def __post_init__(self) -> None:
         for _, text, *_ in self.rules:
@@ -154,8 +165,13 @@ class Axes:
             moved = " ".join([_UNITS.sub(lambda found: other(found[0]), letters), *role])
             kind = tree.optional if isinstance(pattern, tree.optional) else str
             rules.append((kind(f"{prefix}/(?:{pattern})"), moved, *spec))
-        sizes = tuple((other(letter), size) for letter, size in self.sizes)
-        return Axes(tuple(rules), sizes, self.shared, tuple(map(other, self.ordered)), self.fused)
+        return dataclasses.replace(
+            self,
+            rules=tuple(rules),
+            sizes=tuple((other(letter), size) for letter, size in self.sizes),
+            ordered=tuple(map(other, self.ordered)),
+            feeds=tuple((f"{prefix}/(?:{a})", f"{prefix}/(?:{b})") for a, b in self.feeds),
+        )
 
 
 class Member(NamedTuple):

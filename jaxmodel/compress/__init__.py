@@ -34,11 +34,13 @@ from jaxmodel.compress.quantize import (
 )
 from jaxmodel.compress.recipe_file import read_recipe
 from jaxmodel.compress.recipes import RECIPES, Recipe, get_recipe
+from jaxmodel.compress.transforms import Awq, Rotate, Smooth, Transform, transformed, transforms
 from jaxmodel.compress.variants import variants
 
 __all__ = [
     "RECIPES",
     "Activations",
+    "Awq",
     "Binary",
     "Compensate",
     "Equalised",
@@ -56,12 +58,15 @@ __all__ = [
     "RangeRule",
     "Recipe",
     "Report",
+    "Rotate",
     "Rtn",
+    "Smooth",
     "Snip",
     "Sparsegpt",
     "Stochastic",
     "Taylor",
     "Ternary",
+    "Transform",
     "Truncate",
     "Wanda",
     "apply",
@@ -72,6 +77,8 @@ __all__ = [
     "observe_gradients",
     "parse",
     "read_recipe",
+    "transformed",
+    "transforms",
     "variants",
 ]
 

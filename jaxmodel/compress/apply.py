@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,10 +20,12 @@ from jaxmodel.compress.observe import Stats
 from jaxmodel.compress.recipe_file import to_record
 from jaxmodel.compress.recipes import ByRole, Recipe, as_recipe
 from jaxmodel.compress.stats import names_of, places, stats_of
+from jaxmodel.compress.transforms.transform import measured_on, transformed, write_transforms
 from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle
 from jaxmodel.leaves import decode
 from jaxmodel.leaves.leaf import check_weights
+from jaxmodel.models.model import Inputs
 from jaxmodel.progress import progress
 from jaxmodel.report import html, shown
 from jaxmodel.report.table import percent, size
@@ -103,7 +105,13 @@ def apply(
     tree.check(params)
     before = tree.nbytes(params)
     base, adapters = split_adapters(params)
-    chains = tree.assign(as_recipe(recipe).rules, base)
+    recipe = as_recipe(recipe)
+    if recipe.transforms:
+        raise InputError(
+            f"recipe: it has transforms, {write_transforms(recipe.transforms)}, which change the "
+            "model; use compress_bundle, or `transformed` and the recipe without them"
+        )
+    chains = tree.assign(recipe.rules, base)
     if any(isinstance(chain, ByRole) for chain in chains.values()):
         if axes is None:
             raise InputError("axes: None given; a recipe by role needs model.axes")
@@ -138,27 +146,34 @@ def apply(
 
 
 def compress_bundle(
-    bundle: Bundle, recipe: Recipe | tree.Rules, name: str | None = None
+    bundle: Bundle,
+    recipe: Recipe | tree.Rules,
+    name: str | None = None,
+    batches: Sequence[Inputs] | None = None,
 ) -> tuple[Bundle, Report]:
     """Compress a bundle, set its compute dtype by the recipe, and record the recipe on its card.
+
+    The recipe's transforms come first.
 
     Args:
       bundle: the model, its params and its card.
       recipe: a `Recipe` or its rules alone.
       name: the name of the recipe on the card; None for its own. The card has the rules too, except
         those of an unchanged named recipe.
+      batches: inputs of the model, on which the transforms that want statistics measure them.
 
     Raises:
-      InputError: as for `apply`.
+      InputError: as for `apply`; also a transform that the model's family does not allow, or
+        that wants statistics without batches.
     """
     recipe = as_recipe(recipe)
-    params, done = apply(recipe, bundle.params, axes=bundle.model.axes)
+    measure = None if batches is None else measured_on(list(batches))
+    model, plain = transformed(bundle.model, bundle.params, recipe.transforms, measure)
+    params, done = apply(dataclasses.replace(recipe, transforms=()), plain, axes=model.axes)
     said = to_record(dataclasses.replace(recipe, name=name or recipe.name))
     said = said["base"] if list(said) == ["base"] else said
     card = {**bundle.card, "recipe": said, "bits_per_weight": done.bits_per_weight}
-    return dataclasses.replace(
-        bundle, model=recipe.adapt(bundle.model), params=params, card=card
-    ), done
+    return dataclasses.replace(bundle, model=recipe.adapt(model), params=params, card=card), done
 
 
 def _keys(path: str, lead: tuple[int, ...], key: jax.Array | None) -> jax.Array:

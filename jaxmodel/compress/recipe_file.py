@@ -1,5 +1,6 @@
 """Recipes in files, YAML or JSON, and on the cards of bundles.
 
+    transforms: smooth(0.5) # what is done to the whole model first; several are joined by `;`
     base: int4              # a named recipe or a chain for all matrices; rules go before it
     rules:                  # pattern of whole paths: chain; the first that matches wins
       blocks/(0|29)/.*/(q|k|v|o): rtn(bits=8)
@@ -18,6 +19,7 @@ from typing import Any
 
 from jaxmodel import schema, tree
 from jaxmodel.compress.recipes import RECIPES, ByRole, Recipe, get_recipe
+from jaxmodel.compress.transforms.transform import parse_transforms, write_transforms
 from jaxmodel.errors import InputError
 from jaxmodel.files import read_bytes
 from jaxmodel.text_form import write
@@ -30,6 +32,7 @@ _AS_BASE = "of the base"
 
 @dataclasses.dataclass(frozen=True)
 class _File:
+    transforms: str = ""
     base: str | None = None
     rules: dict[str, str] = dataclasses.field(default_factory=dict)
     compute: str | None = _AS_BASE
@@ -85,7 +88,7 @@ def from_record(record: Any, where: str = "recipe") -> Recipe:
     """Make a recipe from a record, the form that `to_record` writes and files have.
 
     Args:
-      record: plain data with the keys `base`, `rules`, `compute`, `name`.
+      record: plain data with the keys `transforms`, `base`, `rules`, `compute`, `name`.
       where: the source of the record, for errors.
 
     Raises:
@@ -101,8 +104,10 @@ def from_record(record: Any, where: str = "recipe") -> Recipe:
             for p, chain in said.rules.items()
         ]
         compute = base.compute if said.compute == _AS_BASE else said.compute
-        name = said.name or (said.base if not rules and compute == base.compute else None)
-        return Recipe((*rules, *base.rules), compute, name)
+        chain = (*parse_transforms(said.transforms), *base.transforms)
+        plain = not rules and not said.transforms and compute == base.compute
+        name = said.name or (said.base if plain else None)
+        return Recipe((*rules, *base.rules), compute, name, chain)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
 
@@ -123,7 +128,11 @@ def to_record(recipe: Recipe) -> dict[str, Any]:
     for pattern, chain in own:
         said = f"?{pattern}" if isinstance(pattern, tree.optional) else str(pattern)
         rules.setdefault(said, write(chain))
-    record: dict[str, Any] = {"base": base.name} if base is not None else {}
+    record: dict[str, Any] = {}
+    if recipe.transforms:
+        record["transforms"] = write_transforms(recipe.transforms)
+    if base is not None:
+        record["base"] = base.name
     if rules:
         record["rules"] = rules
     if recipe.compute != (base.compute if base is not None else None):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 from typing import Any
 
@@ -11,6 +13,7 @@ from jaxmodel.brief import briefly
 from jaxmodel.compress.method import Chain, Method, parse
 from jaxmodel.compress.prune.magnitude import Magnitude
 from jaxmodel.compress.quantize.rtn import Rtn
+from jaxmodel.compress.transforms.transform import parse_transforms, write_transforms
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.models import Model
 from jaxmodel.models.foreign import Foreign
@@ -54,10 +57,12 @@ class Recipe:
       compute: dtype in which the compressed model computes (`Policy.compute_dtype`): attention and
         its cache, and contractions other than int8; None for no change.
       name: on a bundle's card.
+      transforms: what is done to the whole model before: a tuple, or its text (`"rotate() ;
+        smooth(0.5)"`), stored as a tuple.
 
     Raises:
       InputError: rules that are not a list of pairs, an invalid regular expression, a value that is
-        not a chain, or an invalid dtype.
+        not a chain, an invalid dtype, or transforms that cannot be read.
 
     >>> Recipe([(".*/up", "rtn(4)"), (".*", ())]).texts()
     [['.*/up', 'rtn(bits=4)'], ['.*', '']]
@@ -66,11 +71,13 @@ class Recipe:
     rules: tree.Rules
     compute: str | None = None
     name: str | None = None
+    transforms: Any = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.rules, list | tuple):
             raise InputError(f"recipe: {self.rules!r} is given; allowed: {_RULES}")
         object.__setattr__(self, "rules", tuple(map(_rule, self.rules)))
+        object.__setattr__(self, "transforms", parse_transforms(self.transforms))
         if self.compute is not None:
             ops.Policy(compute_dtype=self.compute)  # refuses an invalid dtype
 
@@ -79,6 +86,19 @@ class Recipe:
         if self.compute is None or isinstance(model.config, Foreign):
             return model
         return model.with_policy(dataclasses.replace(model.policy, compute_dtype=self.compute))
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of what the recipe does, whatever its name: equal for equal recipes.
+
+        >>> one, two = get_recipe("rtn(4)"), get_recipe("rtn( bits = 4 )")
+        >>> one.fingerprint == two.fingerprint, one.fingerprint == get_recipe("rtn(5)").fingerprint
+        (True, False)
+        """
+        kinds = [type(pattern).__name__ for pattern, _ in self.rules]
+        patterns = [str(pattern) for pattern, _ in self.rules]
+        said = [write_transforms(self.transforms), kinds, patterns, self.texts(), self.compute]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def texts(self) -> list[list[str]]:
         """Return the rules as pairs of pattern and text of the chain, for JSON."""
@@ -158,12 +178,21 @@ def get_recipe(name: str) -> Recipe:
     """Return the recipe with this name, or make one from text.
 
     Text is a chain for all matrices; tables (embeddings, positions) and heads are stored in 8 bits.
+    Transforms may precede a chain or a name, each with a `;` behind it.
 
     Raises:
-      InputError: neither the name of a recipe nor a chain of methods.
+      InputError: neither the name of a recipe nor a chain of methods, or an unknown transform.
+
+    >>> recipe = get_recipe("smooth(0.5) ; int8")
+    >>> recipe.transforms, recipe.compute
+    ((Smooth(alpha=0.5, online=False),), 'bfloat16')
     """
     if name in RECIPES:
         return RECIPES[name]
+    *before, last = name.split(";")
+    if before:
+        base = get_recipe(last.strip()) if last.strip() else Recipe(((".*", ()),))
+        return dataclasses.replace(base, name=name.strip(), transforms=tuple(before))
     if "(" not in name:
         raise unknown("recipe", name, RECIPES)
     return _recipe(name, parse(name))

@@ -25,6 +25,7 @@ from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, at_least, one_of
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, LayerNorm, init_layers, leaf, linear
 from jaxmodel.layers.encoder import EncoderBlock, PooledHead
+from jaxmodel.layers.feeds import block_feeds
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, check_sizes, encoder_sees, positions_of, token_inputs
@@ -152,6 +153,11 @@ def axes(config: Config) -> Axes:
         sizes=(("h", config.width // config.heads),),
         ordered=("V", "D") if config.head == "embed" else ("V",),
         fused=GROUPS,
+        feeds=(
+            *block_feeds(norms_before=False, up=config.activation == "relu"),
+            ("head/norm/(weight|bias)", "head/words"),
+        ),
+        norm_mean=True,
     )
 
 

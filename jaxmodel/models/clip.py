@@ -34,6 +34,7 @@ from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, one_of
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, LayerNorm, init_layers, repeat
 from jaxmodel.layers.encoder import EncoderBlock
+from jaxmodel.layers.feeds import block_feeds
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models import vit
 from jaxmodel.models.checks import check_inputs
@@ -170,9 +171,11 @@ def axes(config: Config) -> Axes:
     `D0` is the width of the text tower, `D1` that of the image tower (and of a SigLIP's space).
     """
     tables = (("embed", "VD table"), ("positions", "tD table"))
-    text = Axes((*tables, *BLOCK_AXES), (("h", config.text.width // config.text.heads),)).under(
-        "text", 0
-    )
+    text = Axes(
+        (*tables, *BLOCK_AXES),
+        (("h", config.text.width // config.text.heads),),
+        feeds=block_feeds(up=config.text.activation == "relu"),
+    ).under("text", 0)
     image = vit.axes(config.image).under("image", 1)
     if config.sigmoid:
         own = (
@@ -182,7 +185,19 @@ def axes(config: Config) -> Axes:
         )
     else:
         own = (("text_map", "PD0"), ("image_map", "PD1"), ("scale", ""))
-    return Axes((*text.rules, *image.rules, *own), (*text.sizes, *image.sizes), fused=GROUPS)
+    plain = config.image.pool != "attention" and not config.image.pool_dense
+    return Axes(
+        (*text.rules, *image.rules, *own),
+        (*text.sizes, *image.sizes),
+        fused=GROUPS,
+        feeds=(
+            *text.feeds,
+            *image.feeds,
+            ("text/norm/(weight|bias)", "text_map"),
+            *([("image/norm/(weight|bias)", "image_map")] if plain else ()),
+        ),
+        norm_mean=True,
+    )
 
 
 class Towers(NamedTuple):

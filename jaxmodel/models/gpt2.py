@@ -22,6 +22,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, at_least, one_of
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, MLP, Attention, LayerNorm, init_layers
+from jaxmodel.layers.feeds import block_feeds
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, check_sizes, decoder_context, token_inputs
@@ -89,7 +90,13 @@ def axes(config: Config) -> Axes:
     """Return the axes of the leaves."""
     tables = (("embed", "VD table"), ("positions", "tD table"))
     head = (tree.optional("head"), "VD")
-    return Axes((*tables, head, *BLOCK_AXES), (("h", config.width // config.heads),), fused=GROUPS)
+    return Axes(
+        (*tables, head, *BLOCK_AXES),
+        (("h", config.width // config.heads),),
+        fused=GROUPS,
+        feeds=(*block_feeds(up=config.activation == "relu"), ("norm/(weight|bias)", "head")),
+        norm_mean=True,
+    )
 
 
 class _Block(nn.Module):

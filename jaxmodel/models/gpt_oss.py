@@ -25,6 +25,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError
 from jaxmodel.layers import Attention, MoE, RMSNorm, init_layers, leaf
+from jaxmodel.layers.feeds import block_feeds
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.layers.moe import real_tokens
 from jaxmodel.models.family import family
@@ -149,6 +150,7 @@ def axes(config: Config) -> Axes:
         ),
         sizes=(("h", config.head_width),),
         fused=GROUPS,
+        feeds=(*block_feeds(), ("norm/weight", "head")),  # what `up` gives is clipped
     )
 
 

@@ -33,6 +33,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import FROM_ZERO, InputError, one_of, within
 from jaxmodel.layers import ACTIVATIONS, MLP, Attention, MoE, RMSNorm, init_layers, leaf
+from jaxmodel.layers.feeds import block_feeds
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.layers.moe import real_tokens
 from jaxmodel.models.family import family
@@ -356,6 +357,8 @@ def axes(config: Config) -> Axes:
         ),
         sizes=(("h", config.head_width),),
         fused=GROUPS,
+        feeds=(*block_feeds(norms_before=config.pre_norms, up=True), ("norm/weight", "head")),
+        norm_offset=config.norm_offset,
     )
 
 

@@ -34,6 +34,7 @@ from jaxmodel.layers import (
     leaf,
     linear,
 )
+from jaxmodel.layers.feeds import block_feeds
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, check_sizes, encoder_sees, positions_of, token_inputs
@@ -161,6 +162,12 @@ def axes(config: Config) -> Axes:
         sizes=(("h", config.width // config.heads),),
         ordered=("V", "D") if config.head == "embed" else ("V",),
         fused=GROUPS,
+        feeds=(
+            *block_feeds(up=True),
+            ("norm/(weight|bias)", "head/dense"),
+            ("head/norm/(weight|bias)", "head/(words|classes)"),
+        ),
+        norm_mean=True,
     )
 
 

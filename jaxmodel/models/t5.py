@@ -30,6 +30,7 @@ from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, one_of
 from jaxmodel.layers import MLP, Attention, RMSNorm, dropout, init_layers, leaf, repeat
 from jaxmodel.layers.cross import CrossAttention
+from jaxmodel.layers.feeds import CROSS_VALUES, block_feeds
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, check_sizes
@@ -107,6 +108,10 @@ class Config:
                 "buckets, and a distance of more than half of them"
             )
 
+    def untied(self) -> Config:
+        """Return the config of the same model whose head has a leaf of its own."""
+        return dataclasses.replace(self, tied=False, head_scale=self.scale)
+
     @property
     def scale(self) -> float:
         """The factor of the head's input."""
@@ -152,6 +157,13 @@ def axes(config: Config) -> Axes:
         ),
         sizes=(("h", config.head_width),),
         fused=GROUPS,
+        feeds=(
+            *block_feeds(up=True),  # beside a gate, or in front of a ReLU
+            *CROSS_VALUES,
+            (r"(blocks/\d+)/cross_norm/weight", r"\1/cross/q"),
+            ("encoder/norm/weight", r"blocks/\d+/cross/memory_(k|v)"),
+            ("norm/weight", "head"),
+        ),
     )
 
 

@@ -26,6 +26,7 @@ from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError
 from jaxmodel.layers import BLOCK_AXES, MLP, Attention, LayerNorm, dropout, init_layers, repeat
 from jaxmodel.layers.cross import CrossAttention
+from jaxmodel.layers.feeds import CROSS_VALUES, block_feeds
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, check_sizes
@@ -106,7 +107,22 @@ def axes(config: Config) -> Axes:
     )
     rules = (("embed", "VD table"), *BLOCK_AXES, *cross)
     sizes = (("h", config.width // config.heads),)
-    return Axes(rules, sizes, ordered=("V", "D"), fused=GROUPS)
+    norms = (
+        (r"(blocks/\d+)/cross_norm/(weight|bias)", r"\1/cross/q"),
+        ("encoder/norm/(weight|bias)", r"blocks/\d+/cross/memory_(k|v)"),
+    )
+    return Axes(
+        rules,
+        sizes,
+        ordered=("V", "D"),
+        fused=GROUPS,
+        feeds=(
+            *block_feeds(norms_before=config.pre_norm, up=True),
+            *CROSS_VALUES,
+            *(norms if config.pre_norm else ()),
+        ),
+        norm_mean=True,
+    )
 
 
 class _Block(nn.Module):

@@ -24,6 +24,7 @@ from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, one_of
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, LayerNorm, init_layers
 from jaxmodel.layers.encoder import AttentionPool, EncoderBlock, PooledHead
+from jaxmodel.layers.feeds import block_feeds
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.layers.patches import Patches
 from jaxmodel.models.family import family
@@ -165,7 +166,21 @@ def axes(config: Config) -> Axes:
         sizes=(("h", config.width // config.heads),),
         ordered=("V",) if config.labels else ("V", "F0" if config.pool_dense else "D"),
         fused=GROUPS,
+        feeds=(
+            *block_feeds(up=config.gated or config.activation == "relu"),
+            ("attention_pool/attn/memory_v(_bias)?", "attention_pool/attn/o"),
+            ("attention_pool/norm/(weight|bias)", "attention_pool/mlp/up"),
+            ("norm/(weight|bias)", _reads_last(config)),
+        ),
+        norm_mean=True,
     )
+
+
+def _reads_last(config: Config) -> str:
+    """Return the pattern of the leaves that read the last norm."""
+    if config.pool == "attention":
+        return "attention_pool/attn/memory_(k|v)"
+    return "head/pool" if config.pool_dense else "head/classes"
 
 
 class _Head(nn.Module):

@@ -118,7 +118,7 @@ def test_a_bundle_is_a_recipe(bundle, tmp_path):
         ("rules:\n  a: rtn(4)\n  a: rtn(5)", "line 3: the key 'a' is repeated"),
         (
             "rule: {a: rtn(4)}",
-            "'rule' is not known; allowed: base, compute, name, rules .nearest: rules",
+            "'rule' is not known; allowed: base, compute, name, rules, transforms .nearest: rules",
         ),
         ("base: int4\ncompute: int7", "'int7' given|int7"),
         ("", "its content is null; allowed: an object"),

@@ -1,0 +1,7 @@
+"""Transforms: what concerns several leaves at once, before methods compress each alone."""
+
+from jaxmodel.compress.transforms.rotate import Rotate
+from jaxmodel.compress.transforms.scale import Awq, Smooth
+from jaxmodel.compress.transforms.transform import Transform, transformed, transforms
+
+__all__ = ["Awq", "Rotate", "Smooth", "Transform", "transformed", "transforms"]
