@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxmodel.compress.draft import Draft, Grid, LeafStats
 from jaxmodel.compress.method import Method
 from jaxmodel.compress.quantize.rtn import Rtn, check_unrounded
-from jaxmodel.compress.solve import Hessian, compensate, hessian, inverse_factor, refine
+from jaxmodel.compress.solve import Hessian, compensate, hessian, refine
 from jaxmodel.schema import Index, Positive, Range
 
 
@@ -37,10 +37,11 @@ class Gptq(Rtn):
     def step(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Draft:
         """Quantise a matrix; see `Method`."""
         check_unrounded(self, draft)
-        found = hessian(stats["gram"], stats["count"], self.damping)
-        grid = self.grid(draft, jnp.diagonal(found.matrix))
+        found, order = _ordered_hessian(stats, self.damping, self.act_order)
+        diagonal = jnp.diagonal(found.matrix)
+        grid = self.grid(draft, diagonal if order is None else diagonal[jnp.argsort(order)])
         draft = dataclasses.replace(draft, grid=grid, activations=self.activations)
-        return _compensated(draft, found, self.act_order, self.sweeps)
+        return _compensated(draft, found, order, self.sweeps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,26 +67,33 @@ class Compensate(Method):
         """Improve a matrix; see `Method`."""
         if draft.grid is None and draft.keep is None:
             return draft
-        found = hessian(stats["gram"], stats["count"], self.damping)
-        return _compensated(draft, found, self.act_order, self.sweeps)
+        found, order = _ordered_hessian(stats, self.damping, self.act_order)
+        return _compensated(draft, found, order, self.sweeps)
 
 
-def _compensated(draft: Draft, found: Hessian, act_order: bool, sweeps: int) -> Draft:
+def _ordered_hessian(
+    stats: LeafStats, damping: float, act_order: bool
+) -> tuple[Hessian, jax.Array | None]:
+    """Return the Hessian with the largest inputs first, and their order; None for the given one."""
+    gram = stats["gram"]
+    order = jnp.argsort(-jnp.diagonal(gram)) if act_order else None
+    gram = gram if order is None else gram[order][:, order]
+    return hessian(gram, stats["count"], damping), order
+
+
+def _compensated(draft: Draft, found: Hessian, order: jax.Array | None, sweeps: int) -> Draft:
     """Return the draft with weights near `target` for the inputs of `found`."""
     grid = draft.grid
     keep = draft.keep
-    if act_order:
-        order = jnp.argsort(-jnp.diagonal(found.matrix))
-        back = jnp.argsort(order)
-        upper = inverse_factor(found.matrix[order][:, order])
-        chosen = None if keep is None else keep[:, order]
-        per = None if grid is None else _reordered(grid, order, draft.shape[-1])
-        weight, _ = compensate(draft.target[:, order], upper, per, chosen)
-        weight = weight[:, back]
-    else:
-        weight, _ = compensate(draft.target, found.factor, grid, keep)
+    target = draft.target
+    if order is not None:
+        target = target[:, order]
+        keep = None if keep is None else keep[:, order]
+        grid = None if grid is None else _reordered(grid, order, target.shape[-1])
+    weight, _ = compensate(target, found.factor, grid, keep)
     if sweeps:
-        weight = refine(draft.target, weight, found.matrix, grid, keep, sweeps)
+        weight = refine(target, weight, found.matrix, grid, keep, sweeps)
+    weight = weight if order is None else weight[:, jnp.argsort(order)]
     return draft.note(damping=found.damping).to(weight)
 
 
