@@ -16,7 +16,7 @@ _MOVED = {
     "checkpoint": {"checkpoint": "Keep=RetentionPolicy"},
     "distributed": {"distributed": "Ledger=GoodputRecorder Supervisor=RunMonitor"},
     "compress": {
-        "compress.apply": "COLUMNS",
+        "compress.report": "COLUMNS",
         "text_form": "text_of=write",
         "compress.recipe_file": "SUFFIXES",
         "compress.recipes": "NAMED=RECIPES named=get_recipe",

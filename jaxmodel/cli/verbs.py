@@ -264,11 +264,14 @@ def _exception(rule: str) -> tuple[str, str]:
 
 def _show_compress(result: dict[str, Any], console: Any) -> None:
     from jaxmodel import report
-    from jaxmodel.compress.apply import COLUMNS
+    from jaxmodel.compress.report import columns
     from jaxmodel.report.table import size, text
 
     report.print_table(
-        result["leaves"], COLUMNS, f"{result['recipe']} -> {text(result['out'])}", console
+        result["leaves"],
+        columns(result["leaves"]),
+        f"{result['recipe']} -> {text(result['out'])}",
+        console,
     )
     console.print(
         f"{size(result['bytes_before'])} -> {size(result['bytes_after'])}, "

@@ -1,7 +1,9 @@
 """Compression: pure functions that replace leaves by smaller ones, by rules, and report it."""
 
 from jaxmodel import moved
-from jaxmodel.compress.apply import Report, apply, compress_bundle
+from jaxmodel.compress.apply import apply
+from jaxmodel.compress.bundles import compress_bundle
+from jaxmodel.compress.calibrate import calibrate
 from jaxmodel.compress.gradients import observe_gradients
 from jaxmodel.compress.method import Method, methods, parse
 from jaxmodel.compress.observe import observe
@@ -34,6 +36,7 @@ from jaxmodel.compress.quantize import (
 )
 from jaxmodel.compress.recipe_file import read_recipe
 from jaxmodel.compress.recipes import RECIPES, Recipe, get_recipe
+from jaxmodel.compress.report import Report
 from jaxmodel.compress.transforms import Awq, Rotate, Smooth, Transform, transformed, transforms
 from jaxmodel.compress.variants import variants
 
@@ -70,6 +73,7 @@ __all__ = [
     "Truncate",
     "Wanda",
     "apply",
+    "calibrate",
     "compress_bundle",
     "get_recipe",
     "methods",

@@ -1,85 +1,408 @@
-"""Compress a model block after block, each with the statistics of what is compressed before it."""
+"""Compress a model by what its inputs are on real data, one block after another.
+
+Each batch is kept as the activations in front of the next block. A block is measured with them,
+compressed, and run, so there are never statistics of more than one block. What stands outside of
+the blocks is measured with the part of the model that it belongs to.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
-from typing import Any
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxmodel import ops, tree
-from jaxmodel.compress.observe import Stats
-from jaxmodel.errors import InputError
+from jaxmodel import tree
+from jaxmodel.compress.apply import chains_of, check_leaf, compress_leaf, needs_of, report_of
+from jaxmodel.compress.gradients import OF_LOSS, Loss, observe_gradients
+from jaxmodel.compress.heldout import hold_out, losses_of, protocol_of
+from jaxmodel.compress.method import Chain
+from jaxmodel.compress.observe import Stats, check_cap, probed
+from jaxmodel.compress.recipes import Recipe, as_recipe
+from jaxmodel.compress.report import Report
+from jaxmodel.compress.stats import places, stats_of
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.models import Model, check_params
-from jaxmodel.models.model import Inputs, begin
+from jaxmodel.models.checks import check_inputs
+from jaxmodel.models.model import COUNTS, Inputs, begin, by_name, unpadded
 from jaxmodel.ops.probe import zeros_for
 from jaxmodel.progress import progress
+from jaxmodel.sharding import auto_axes
+
+ORDERS = ("once", "sequential")
+HELD_OUT = 0.125
+"""The part of the batches that is held out."""
+BUDGET = 2**30
+"""Bytes of statistics that are measured in one pass over the batches."""
+
+type Leaves = Mapping[str, Any]
+type Order = Literal["once", "sequential"]
 
 
-def layer_by_layer(
+def calibrate(
     model: Model,
     params: tree.Params,
+    recipe: Recipe | tree.Rules,
     batches: Iterable[Inputs],
-    needs: Mapping[str, tuple[str, ...]],
-    compress: Any,
-) -> tree.Params:
-    """Measure and compress one block of `params["blocks"]` after another.
+    *,
+    order: Order = "once",
+    held_out: float = HELD_OUT,
+    cap: float | None = None,
+    loss: Loss | None = None,
+    key: jax.Array | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+) -> tuple[tree.Params, Report]:
+    """Compress a model by methods that want statistics, and measure them.
 
-    The activations of all batches are kept, and the statistics of one block.
+    Beside the parameters there are in memory the activations of all batches in front of one block,
+    and the statistics of one block, or of as many leaves outside of the blocks as fit into a
+    gigabyte.
 
     Args:
-      model: with blocks.
-      params: plain or compressed.
-      batches: inputs of `model.apply`.
-      needs: layer path -> the names of the statistics that its chain wants; none for no entry.
-      compress: (tree of one layer with its path, its stats) -> the tree compressed.
+      model: the model.
+      params: its parameters, plain or compressed; they may lie on a mesh.
+      recipe: a `Recipe` or its rules alone.
+      batches: inputs of `model.apply`, of one shape if possible.
+      order: "once": all statistics are those of the model as it is. "sequential": those of a block
+        are of the model in which everything in front of it is compressed already, so that each
+        block makes up for what was lost before; this runs each block twice. A table that is both
+        embedding and head, with a method that wants statistics, is compressed last.
+      held_out: the part of the batches, the last ones (of a single batch, the last rows), that only
+        judges what the others led to.
+      cap: None, or how many times as long as the median an input may be (see `observe`).
+      loss: `(model, params, batch, rng, *, train) -> (mean, metrics)`, for methods that want its
+        gradient and for the report; None for what the batch asks for (see `losses.default_loss`),
+        of tokens alone the next one's. Gradients are those of the model before compression.
+      key: for methods that draw; None for `jax.random.key(0)`.
+      on_row: called with the record of each leaf as soon as it is compressed.
 
     Returns:
-      The parameters with compressed blocks; what stands outside of the blocks is as it was.
+      The compressed tree, and the report.
 
     Raises:
-      InputError: a model without blocks, or no batch.
+      InputError: as for `apply`; no batches, or an order that the model does not allow.
+
+    >>> from jaxmodel.models import llama
+    >>> model = llama.model(llama.SIZES["tiny"])
+    >>> tokens = jnp.arange(32, dtype=jnp.int32).reshape(4, 8)
+    >>> recipe = [("blocks/.*/(up|down)", "gptq(4)"), (".*", "")]
+    >>> small, report = calibrate(model, model.init(jax.random.key(0)), recipe, [tokens])
+    >>> report.protocol["tokens"], report.protocol["held_out_tokens"]
+    (24, 8)
     """
-    block = model.parts.block
-    if block is None or "blocks" not in params:
-        raise InputError("order: 'sequential' needs a model of blocks; allowed here: 'once'")
+    one_of("order", order, ORDERS)
+    check_cap(cap)
     check_params(model, params)
-    start = jax.jit(functools.partial(begin, model))
-    states = [start(params, inputs)[:2] for inputs in batches]
-    if not states:
-        raise InputError("batches: there is none")
-    step = jax.jit(lambda layer, i, x, context: block(layer, x, context, None, i, None, False)[0])
+    recipe = as_recipe(recipe)
+    by_block = model.parts.block is not None and tree.BLOCKS in params
+    if order == "sequential" and not by_block:
+        raise InputError("order: 'sequential' given for a model without blocks; allowed: 'once'")
+    chains = chains_of(recipe, params, model.axes)
+    for path, leaf in tree.flatten(params).items():  # before anything is measured
+        for layer in tree.layer_paths(path):
+            check_leaf(path, leaf, chains[layer])
+    kept, held = hold_out(batches, held_out)
+    given = _gradients(model, params, chains, kept, loss)
+    where = places(given, chains)
+    rows: list[dict[str, Any]] = []
+
+    def compress(leaves: Leaves, stats: Stats, judged: Stats) -> dict[str, Any]:
+        out = {}
+        for path, leaf in leaves.items():
+            chain = chains[tree.layer_paths(path)[0]]
+            own = {**stats.get(path, {}), **(stats_of(path, given, where) or {})}
+            out[path], row = compress_leaf(path, leaf, chain, own, key, judged.get(path))
+            rows.append(row)
+            if on_row is not None:
+                on_row(row)
+        return out
+
+    work = _Work(
+        _programs(model, cap),
+        _programs(recipe.adapt(model), cap) if order == "sequential" else None,
+        chains,
+        [
+            _Batch(_inputs(model, batch), held)
+            for held, part in ((False, kept), (True, held))
+            for batch in part
+        ],
+        compress,
+    )
+    out = _by_blocks(work, params) if by_block else _whole(work, params)
+    result = tree.stack(tree.unflatten(out))
+    judged = losses_of([(model, params), (recipe.adapt(model), result)], held, loss)
+    protocol = {**protocol_of(kept, held), "order": order, "cap": cap}
+    return result, report_of(params, result, rows, loss=judged, protocol=protocol)
+
+
+class _Batch(NamedTuple):
+    """A batch on its way: what the next part of the model is run on."""
+
+    state: Any
+    held: bool
+
+
+class _Work(NamedTuple):
+    """What all parts of a model are measured and compressed with.
+
+    Attributes:
+      run: the programs of the model as it is.
+      anew: those of the compressed model, whose statistics count; None if those of the first do.
+      chains: by layer path.
+      batches: the kept and the held-out ones.
+      compress: leaves, their statistics, those of held-out batches -> compressed leaves.
+    """
+
+    run: _Programs
+    anew: _Programs | None
+    chains: Mapping[str, Chain]
+    batches: list[_Batch]
+    compress: Callable[[Leaves, Stats, Stats], dict[str, Any]]
+
+    def chain(self, path: str) -> Chain:
+        return self.chains[tree.layer_paths(path)[0]]
+
+
+# --------------------------------------------------------------------------------- part after part
+
+
+def _whole(work: _Work, params: tree.Params) -> dict[str, Any]:
+    """Return the leaves of a model that does not come in parts."""
+    leaves = tree.flatten(tree.split(params, work.chains))
+    out = {}
+    for group in _groups(work, leaves):
+        measure = lambda spec, total, state: (work.run.whole(spec, total, leaves, state), None)
+        out |= work.compress(group, *_summed(work, measure, group, work.batches)[:2])
+    return {path: out[path] for path in leaves}
+
+
+def _by_blocks(work: _Work, params: tree.Params) -> dict[str, Any]:
+    """Return the leaves: what is in front of the blocks, the blocks, what is behind them."""
+    run = work.run
+    blocks = params[tree.BLOCKS]
+    rest = {name: node for name, node in params.items() if name != tree.BLOCKS}
+    outside = tree.flatten(tree.split(rest, work.chains))
+    now = dict(outside)  # as the next part sees them
+    out: dict[str, Any] = {}
+    behind = {}
+    for group in _groups(work, outside):
+        measure = lambda spec, total, state: (run.front(spec, total, outside, blocks, state), None)
+        stats, held, _ = _summed(work, measure, group, work.batches)
+        here = {
+            path: leaf
+            for path, leaf in group.items()
+            if not work.chain(path) or _used(stats, path, "count")
+        }
+        out |= work.compress(here, stats, held)
+        for path in group.keys() - here.keys():
+            behind[path] = group[path]
+            if work.anew and not needs_of(work.chain(path)) and _used(stats, path, "taken"):
+                # behind the blocks it is done again, for the record of what it does as a head
+                now[path], _ = compress_leaf(path, group[path], work.chain(path))
+    now |= out if work.anew else {}
+    start = (work.anew or run).start
+    states = [_Batch(start(now, blocks, batch.state), batch.held) for batch in work.batches]
+
+    for number in progress(range(tree.depth(blocks)), "compress"):
+        at = f"{tree.BLOCKS}/{number}/"
+        layer = tree.flatten(_layer(blocks, number))
+        leaves = {at + path: leaf for path, leaf in layer.items()}
+        i = jnp.int32(number)
+        done: dict[str, Any] = {}
+        after: list[Any] = []
+        for group in _groups(work, leaves):
+            measure = functools.partial(
+                _measure_block, run if not work.anew else work.anew, at, layer, i
+            )
+            stats, held, after = _summed(work, measure, group, states)
+            done |= work.compress(group, stats, held)
+        out |= done
+        if work.anew:
+            layer = {path[len(at) :]: leaf for path, leaf in done.items()}
+        for j, (state, held) in enumerate(states):  # one by one, so that each is freed
+            y = work.anew.step(layer, i, *state) if work.anew else after[j]
+            states[j] = _Batch((y, state[1]), held)
+            after[j] = None
+
+    for group in _groups(work, behind):
+        measure = lambda spec, total, state: (run.head(spec, total, now, blocks, state), None)
+        rows = [_Batch(row, held) for (x, _), held in states for row in _rows(x)]
+        out |= work.compress(group, *_summed(work, measure, group, rows)[:2])
+    return out
+
+
+def _used(stats: Stats, path: str, name: str) -> bool:
+    """Return whether a leaf was measured, and was contracted (`count`) or looked up (`taken`)."""
+    return path in stats and bool(jnp.any(stats[path][name] > 0))
+
+
+def _measure_block(
+    run: _Programs, at: str, layer: Leaves, i: Any, spec: Spec, total: Stats, state: Any
+) -> tuple[Stats, jax.Array]:
+    """Measure a block by names that are the same in all of them, so that it is compiled once."""
+    short = lambda path: path.removeprefix(at)
+    own = tuple((short(path), names) for path, names in spec)
+    total = {short(path): of for path, of in total.items()}
+    total, y = run.block(own, total, layer, i, *state)
+    return {at + path: of for path, of in total.items()}, y
+
+
+def _layer(blocks: tree.Params, number: int) -> tree.Params:
+    """Return one layer without a leading axis, without copying the others."""
+    for name in tree.segments(blocks):
+        layers = tree.span(name)
+        if layers is not None and number in layers:
+            return tree.layer_slice(blocks[name], layers, range(number, number + 1))
+    raise AssertionError
+
+
+def _rows(x: jax.Array) -> Iterator[jax.Array]:
+    """Cut activations into rows, since the logits of one may be large; not those on a mesh."""
+    return iter([x]) if auto_axes() else (x[i : i + 1] for i in range(x.shape[0]))
+
+
+def _inputs(model: Model, batch: Inputs) -> dict[str, Any]:
+    """Return a batch without what only a loss reads, and refuse what `apply` would refuse."""
+    left_out = (COUNTS, "labels", "targets", "weights", "views")
+    inputs = by_name(batch, tuple(model.inputs(1, 1)))
+    inputs = {name: array for name, array in inputs.items() if name not in left_out}
+    check_inputs(unpadded(inputs), None, getattr(model.config, "vocab", None))
+    return inputs
+
+
+def _gradients(
+    model: Model,
+    params: tree.Params,
+    chains: Mapping[str, Chain],
+    batches: list[Inputs],
+    loss: Loss | None,
+) -> Stats:
+    """Measure the gradients of the leaves whose chains want some."""
+    layers = [path for path, chain in chains.items() if {*needs_of(chain)} & {*OF_LOSS}]
+    if not layers:
+        return {}
+    return observe_gradients(model, params, batches, "|".join(map(re.escape, layers)), loss)
+
+
+# ------------------------------------------------------------------------------------ measurements
+
+# paths, and the statistics to measure of each
+type Spec = tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def _spec(work: _Work, leaves: Leaves, held: bool) -> Spec:
+    """Say what to measure: what the methods want, or of held-out batches what judges them."""
+    return tuple(
+        (path, ("gram",) if held else ("norms", *_of_inputs(work.chain(path))))
+        for path, leaf in leaves.items()
+        if work.chain(path) and len(tree.layer_shape(path, leaf)) >= 2
+    )
+
+
+def _of_inputs(chain: Chain) -> tuple[str, ...]:
+    return tuple(name for name in needs_of(chain) if name not in OF_LOSS)
+
+
+def _groups(work: _Work, leaves: Leaves) -> Iterator[dict[str, Any]]:
+    """Cut leaves into groups whose statistics fit into the budget."""
+    group: dict[str, Any] = {}
+    total = 0
+    for path, leaf in leaves.items():
+        kinds = [names for held in (False, True) for _, names in _spec(work, {path: leaf}, held)]
+        zeros = [jax.eval_shape(lambda n=names, s=leaf.shape: zeros_for(s, n)) for names in kinds]
+        size = sum(4 * math.prod(array.shape) for array in jax.tree.leaves(zeros))
+        if group and total + size > BUDGET:
+            yield group
+            group, total = {}, 0
+        group[path] = leaf
+        total += size
+    if group:
+        yield group
+
+
+def _summed(
+    work: _Work, measure: Callable[..., tuple[Any, Any]], leaves: Leaves, batches: list[_Batch]
+) -> tuple[Stats, Stats, list[Any]]:
+    """Return the statistics of leaves, those of the held-out batches, and what came out of each.
+
+    Args:
+      work: says what is wanted.
+      measure: (spec, total, state of a batch) -> the total and the output.
+      leaves: to measure.
+      batches: in front of the part that has the leaves.
+    """
+    totals: dict[bool, Any] = {}
+    outputs = []
+    specs = {held: _spec(work, leaves, held) for held in (False, True)}
+    for held, spec in specs.items():
+        totals[held] = {path: zeros_for(leaves[path].shape, names) for path, names in spec}
+    for state, held in batches:
+        totals[held], output = measure(specs[held], totals[held], state)
+        outputs.append(output)
+    judged = totals[True] if any(held for _, held in batches) else {}
+    return totals[False], judged, outputs
+
+
+class _Programs(NamedTuple):
+    """Compiled functions of a model's parts; those that measure add to a total.
+
+    `spec` says what is measured, leaves are flat.
+    """
+
+    start: Callable[..., Any]
+    front: Callable[..., Any]
+    block: Callable[..., Any]
+    step: Callable[..., Any]
+    head: Callable[..., Any]
+    whole: Callable[..., Any]
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(model: Model, cap: float | None) -> _Programs:
+    joined = lambda leaves, blocks: {**tree.unflatten(leaves), tree.BLOCKS: blocks}
+
+    def added(spec: Spec, total: Stats, leaves: Leaves, run: Callable[[Any], Any]) -> Any:
+        zeros = {path: zeros_for(leaves[path].shape, names) for path, names in spec}
+
+        def loss(zeros: Stats) -> tuple[jax.Array, Any]:
+            out = run(tree.flatten(probed(tree.unflatten(leaves), zeros, cap)))
+            floats = [a for a in jax.tree.leaves(out) if jnp.issubdtype(a.dtype, jnp.floating)]
+            return sum((jnp.sum(a.astype(jnp.float32)) for a in floats), jnp.float32(0)), out
+
+        found, out = jax.grad(loss, has_aux=True)(zeros)
+        return jax.tree.map(jnp.add, total, found), out
 
     @jax.jit
-    def measure(zeros: Stats, layer: tree.Params, i: Any, x: Any, context: Any) -> Stats:
-        def total(zeros: Stats) -> jax.Array:
-            probed = {
-                path: ops.Probe(leaf, zeros[path]) if path in zeros else leaf
-                for path, leaf in tree.flatten(layer).items()
-            }
-            return jnp.sum(block(tree.unflatten(probed), x, context, None, i, None, False)[0])
+    def start(outside: Leaves, blocks: tree.Params, inputs: Inputs) -> Any:
+        return begin(model, joined(outside, blocks), inputs)[:2]
 
-        return jax.grad(total)(zeros)
+    @functools.partial(jax.jit, static_argnums=0)
+    def front(spec: Spec, total: Stats, outside: Leaves, blocks: Any, inputs: Inputs) -> Stats:
+        run = lambda leaves: begin(model, joined(leaves, blocks), inputs)[:2]
+        return added(spec, total, outside, run)[0]
 
-    layers = tree.unstack(params)["blocks"]
-    done = {}
-    for name in progress(sorted(layers, key=int), "compress"):
-        layer = layers[name]
-        at = f"{tree.BLOCKS}/{name}"
-        zeros = {
-            path: zeros_for(leaf.shape, needs[f"{at}/{path}"])
-            for path, leaf in tree.flatten(layer).items()
-            if needs.get(f"{at}/{path}")
-        }
-        i = jnp.int32(name)
-        stats: Any = None
-        for x, context in states if zeros else ():
-            found = measure(zeros, layer, i, x, context)
-            stats = found if stats is None else jax.tree.map(jnp.add, stats, found)
-        measured = {f"{at}/{path}": value for path, value in (stats or {}).items()}
-        layer = compress({tree.BLOCKS: {name: layer}}, measured)[tree.BLOCKS][name]
-        done[name] = layer
-        states = [(step(layer, i, x, context), context) for x, context in states]
-    return tree.stack({**params, tree.BLOCKS: done})
+    def run_block(layer: Leaves, i: Any, x: Any, context: Any) -> jax.Array:
+        assert model.parts.block is not None
+        return model.parts.block(tree.unflatten(layer), x, context, None, i, None, False)[0]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def block(
+        spec: Spec, total: Stats, layer: Leaves, i: Any, x: Any, context: Any
+    ) -> tuple[Stats, jax.Array]:
+        return added(spec, total, layer, lambda leaves: run_block(leaves, i, x, context))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def head(spec: Spec, total: Stats, outside: Leaves, blocks: Any, x: Any) -> Stats:
+        run = lambda leaves: model.parts.head(joined(leaves, blocks), x, None, False)
+        return added(spec, total, outside, run)[0]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def whole(spec: Spec, total: Stats, leaves: Leaves, inputs: Inputs) -> Stats:
+        run = lambda leaves: model.apply(tree.unflatten(leaves), inputs).logits
+        return added(spec, total, leaves, run)[0]
+
+    return _Programs(start, front, block, jax.jit(run_block), head, whole)

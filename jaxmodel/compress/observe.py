@@ -26,6 +26,7 @@ def observe(
     batches: Iterable[Inputs],
     paths: str = ".*",
     statistics: Sequence[str] = ("square",),
+    cap: float | None = None,
 ) -> Stats:
     """Sum statistics of the inputs of every matrix over batches.
 
@@ -36,8 +37,12 @@ def observe(
         must run through `ops`.
       batches: inputs of `model.apply`, of one shape if possible (each shape compiles once).
       paths: regular expression of layer paths to measure. A Gram matrix takes `in^2` floats for
-        each matrix. If those of all layers do not fit, measure some layers at a time.
+        each matrix. If those of all layers do not fit, measure some layers at a time, or use
+        `calibrate`.
       statistics: names from `ops.STATISTICS`; `count` and `taken` are always included.
+      cap: None, or how many times as long as the median of a batch an input may be; in `square` and
+        `gram` longer ones count as that long. Some tokens (the first of a text, in many models) are
+        a thousand times as long as others, and would alone decide.
 
     Returns:
       Path of a leaf -> statistic -> array, with the leaf's leading axes (layers, experts) in front.
@@ -71,15 +76,12 @@ def observe(
     @jax.jit
     def measure(zeros: Stats, params: tree.Params, inputs: Inputs) -> Stats:
         def loss(zeros: Stats) -> jax.Array:
-            probed = {
-                p: ops.Probe(leaf, zeros[p]) if p in zeros else leaf
-                for p, leaf in tree.flatten(params).items()
-            }
-            return jnp.sum(model.apply(tree.unflatten(probed), inputs).logits)
+            return jnp.sum(model.apply(probed(params, zeros, cap), inputs).logits)
 
         return jax.grad(loss)(zeros)
 
     check_params(model, params)
+    check_cap(cap)
     total: Stats | None = None
     for inputs in progress(batches, "observe"):
         found = measure(zeros, params, inputs)
@@ -87,7 +89,7 @@ def observe(
     if total is None:
         raise InputError("batches: none given; allowed: at least one")
     for path, found in total.items():
-        if not np.all(np.asarray(found["count"] + found["taken"]) > 0):
+        if not np.any(np.asarray(found["count"] + found["taken"]) > 0):
             raise InputError(
                 f"observe: the leaf {path!r} was never used (count 0); the output must depend on "
                 "it, and not through an argmax alone"
@@ -98,3 +100,19 @@ def observe(
                 "NaN or infinity"
             )
     return total
+
+
+def probed(params: tree.Params, zeros: Stats, cap: float | None = None) -> tree.Params:
+    """Return the tree with probes on the leaves that there are zeros for."""
+    return tree.unflatten(
+        {
+            path: ops.Probe(leaf, zeros[path], cap=cap) if path in zeros else leaf
+            for path, leaf in tree.flatten(params).items()
+        }
+    )
+
+
+def check_cap(cap: float | None) -> None:
+    """Raise InputError if a cap is not above 0."""
+    if cap is not None and not cap > 0:
+        raise InputError(f"cap: {cap} given; allowed: None, or a number above 0")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmodel import tree
 from jaxmodel.compress.observe import Stats
 from jaxmodel.errors import InputError, nearest
+from jaxmodel.ops.probe import histogram
 
 # layer path -> path in the statistics, position in its segment
 type Places = dict[str, tuple[str, int]]
@@ -61,3 +64,51 @@ def stats_of(path: str, stats: Stats, where: Places) -> dict[str, jax.Array] | N
     return (
         jax.tree.map(lambda *arrays: jnp.stack(arrays), *each) if tree.is_stacked(path) else each[0]
     )
+
+
+def usable(stats: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], str]:
+    """Return statistics that a method can use, and what was wrong with those given.
+
+    Those of a matrix that saw no input (an expert to which no token was sent, a table), or that are
+    not finite, become those of one token with equal inputs, so that methods decide by the weights
+    alone.
+
+    Args:
+      stats: of a leaf, with its leading axes.
+
+    Returns:
+      The statistics, and why they were replaced: "" where they were not.
+    """
+    fixed, counts = _usable(dict(stats))
+    total, unseen, infinite = (int(n) for n in np.asarray(counts))
+    of = "" if total == 1 else f"{{}} of {total}: "
+    said = [
+        of.format(n) + what
+        for n, what in ((unseen, "no inputs"), (infinite, "statistics not finite"))
+        if n
+    ]
+    return fixed, "; ".join(said)
+
+
+@jax.jit
+def _usable(stats: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
+    equal = {
+        "gram": lambda a: jnp.eye(a.shape[-1]),
+        "histogram": lambda a: histogram(jnp.ones(1)),
+    }
+    sizes = {"gram": 2, "square": 1, "histogram": 1, "gradient": 2, "fisher": 2}
+    sizes = {name: sizes.get(name, 0) for name in stats}
+    finite = [
+        jnp.all(jnp.isfinite(a), axis=tuple(range(a.ndim - sizes[name], a.ndim)))
+        for name, a in stats.items()
+    ]
+    fine = functools.reduce(jnp.logical_and, finite)
+    seen = stats["count"] > 0 if "count" in stats else jnp.ones_like(fine)
+
+    def one(name: str, a: jax.Array) -> jax.Array:
+        keep = (seen & fine).reshape(*fine.shape, *[1] * sizes[name])
+        value = equal[name](a) if name in equal else jnp.ones(a.shape[a.ndim - sizes[name] :])
+        return jnp.where(keep, a, jnp.broadcast_to(value, a.shape).astype(a.dtype))
+
+    counts = jnp.stack([jnp.int32(fine.size), jnp.sum(~seen), jnp.sum(seen & ~fine)])
+    return {name: one(name, a) for name, a in stats.items()}, counts

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from jaxmodel import leaves, tree
-from jaxmodel.compress.apply import compress_bundle
+from jaxmodel.compress.bundles import compress_bundle
 from jaxmodel.compress.recipes import RECIPES
 from jaxmodel.errors import InputError, one_of
 from jaxmodel.hub import Bundle

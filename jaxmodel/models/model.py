@@ -117,7 +117,7 @@ class Model:
             train: bool = False,
         ) -> Output:
             with runs_on(self, params):
-                given = unpadded(_by_name(inputs, names))
+                given = unpadded(by_name(inputs, names))
                 check_inputs(given, cache, getattr(self.config, "vocab", None))
                 return _hidden(
                     parts,
@@ -136,7 +136,7 @@ class Model:
             train: bool = False,
         ) -> Output:
             with runs_on(self, params, layers=False):  # `hidden` checks the layers
-                params, inputs = _counted(self.axes, params, _by_name(inputs, names))
+                params, inputs = _counted(self.axes, params, by_name(inputs, names))
                 out = self.hidden(params, inputs, cache, rng, train)
                 return dataclasses.replace(
                     out, logits=parts.head(params, out.hidden, _key(rng, "head"), train)
@@ -192,7 +192,7 @@ def begin(
     Returns:
       The activations, the context, and the aux values.
     """
-    given = unpadded(_by_name(inputs, tuple(model.inputs(1, 1))))
+    given = unpadded(by_name(inputs, tuple(model.inputs(1, 1))))
     x, context = model.parts.embed(params, given, None, _key(rng, "embed"), train)
     return x, context, context.pop("aux", {})
 
@@ -231,7 +231,12 @@ def _key(rng: Any, name: str) -> Any:
     return None if rng is None else fold(rng, name)  # layer i folds in i
 
 
-def _by_name(inputs: Inputs, names: tuple[str, ...]) -> dict[str, jax.Array]:
+def by_name(inputs: Inputs, names: tuple[str, ...]) -> dict[str, jax.Array]:
+    """Return inputs as a dict; an array alone is the one input that a model needs.
+
+    Raises:
+      InputError: the model needs several.
+    """
     if isinstance(inputs, Mapping):
         return dict(inputs)
     if len(names) != 1:

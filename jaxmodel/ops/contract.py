@@ -209,7 +209,8 @@ def _matmul(x: Float[Array, "... in"], w: Any, policy: Policy) -> Float[Array, "
     """
     if isinstance(w, Probe):
         y = _matmul(x, w.weight, policy)
-        return tap(y, x, {name: zero for name, zero in w.zeros.items() if name not in OF_TAKE})
+        zeros = {name: zero for name, zero in w.zeros.items() if name not in OF_TAKE}
+        return tap(y, x, zeros, w.cap)
     if isinstance(w, Sparse | QTensor):
         return _of_codes(x, w, policy)
     if isinstance(w, Turned):

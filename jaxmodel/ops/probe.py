@@ -11,22 +11,24 @@ Every statistic is a sum over tokens, so statistics of batches and shards can be
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.leaves.leaf import register
+from jaxmodel.leaves.leaf import register, static
 from jaxmodel.ops.product import precision
 
 HISTOGRAM_BINS = 64
 HISTOGRAM_STEP = 0.5  # octaves; bin i counts |x| in [2^(i*STEP + LOW), 2^((i+1)*STEP + LOW))
 HISTOGRAM_LOW = -24.0
 
-STATISTICS = ("count", "taken", "square", "gram", "histogram", "tokens")
+STATISTICS = ("count", "taken", "square", "gram", "histogram", "norms", "tokens")
 # the gradient of the weight itself, for a leaf that has none; not a statistic of the input alone
 GRADIENT = "gradient"
 OF_TAKE = ("taken", "tokens")  # the statistics of a lookup; the others belong to a contraction
@@ -42,13 +44,19 @@ class Probe:
       square: [in], sum of x^2.
       gram: [in, in], X^T X.
       histogram: [bins], the number of elements of x by log |x| on a fixed grid.
+      norms: [2, bins], of the rows of x by the log of their root mean square, on the same grid:
+        how many there are, and the sum of their squares (see `top_share`).
       tokens: [rows of the table], how often each row was looked up.
       gradient: [out, in], the gradient of the array that the weight stands for, in the dtype of
         the zeros. This is how a compressed weight trains (see `jaxmodel.optim.quantized`).
+
+    `cap` bounds how much one row counts in `square` and `gram`: a row that is longer than `cap`
+    times the median of the rows of a call is shortened to that.
     """
 
     weight: Any
     zeros: Any
+    cap: float | None = static(default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,6 +92,7 @@ def zeros_for(shape: tuple[int, ...], statistics: Iterable[str]) -> dict[str, Ar
         "square": (width,),
         "gram": (width, width),
         "histogram": (HISTOGRAM_BINS,),
+        "norms": (2, HISTOGRAM_BINS),
         "tokens": (out,),
     }
     wanted = dict.fromkeys(("count", "taken", *statistics))
@@ -93,30 +102,30 @@ def zeros_for(shape: tuple[int, ...], statistics: Iterable[str]) -> dict[str, Ar
     return {name: jnp.zeros((*lead, *shapes[name]), jnp.float32) for name in wanted}
 
 
-def tap(y: Array, x: Array, zeros: dict[str, Array]) -> Array:
+def tap(y: Array, x: Array, zeros: dict[str, Array], cap: float | None = None) -> Array:
     """Return `y`, whose gradient carries the statistics of `x` to `zeros`."""
-    return _tap(y, jax.lax.stop_gradient(x), zeros)
+    return _tap(y, jax.lax.stop_gradient(x), zeros, cap)
 
 
-@jax.custom_vjp
-def _tap(y: Array, x: Array, zeros: dict[str, Array]) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _tap(y: Array, x: Array, zeros: dict[str, Array], cap: float | None) -> Array:
     return y
 
 
 def _forward(
-    y: Array, x: Array, zeros: dict[str, Array]
+    y: Array, x: Array, zeros: dict[str, Array], cap: float | None
 ) -> tuple[Array, tuple[Array, dict[str, Array]]]:
     return y, (x, zeros)
 
 
 def _backward(
-    saved: tuple[Array, dict[str, Array]], g: Array
+    cap: float | None, saved: tuple[Array, dict[str, Array]], g: Array
 ) -> tuple[Array, Any, dict[str, Array]]:
     x, zeros = saved
     sums = {
         name: _gradient(x, g, zero)
         if name == GRADIENT
-        else _statistic(name, x, zero).reshape(zero.shape)
+        else _statistic(name, x, zero, cap).reshape(zero.shape)
         for name, zero in zeros.items()
     }
     return g, None, {name: _gather(total, x, zeros[name]) for name, total in sums.items()}
@@ -150,7 +159,7 @@ def _gradient(x: Array, g: Array, zero: Array) -> Float[Array, "out in"]:
     return product.astype(zero.dtype)
 
 
-def _statistic(name: str, x: Array, zero: Array) -> Float[Array, "..."]:
+def _statistic(name: str, x: Array, zero: Array, cap: float | None) -> Float[Array, "..."]:
     if name == "tokens":
         return (
             jnp.zeros(zero.shape, jnp.float32)
@@ -162,11 +171,14 @@ def _statistic(name: str, x: Array, zero: Array) -> Float[Array, "..."]:
     if name == "count":
         return _size(x[..., 0])
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    if name == "histogram":
+        return histogram(rows)
+    if name == "norms":
+        return jnp.sum(norms(rows), axis=0)
+    rows = capped(rows, cap)
     if name == "square":
         return jnp.sum(rows * rows, axis=0)
-    if name == "gram":
-        return jnp.einsum("ni,nj->ij", rows, rows, precision="highest")
-    return histogram(rows)
+    return jnp.einsum("ni,nj->ij", rows, rows, precision="highest")
 
 
 def _size(x: Array) -> Float[Array, ""]:
@@ -183,11 +195,49 @@ def histogram(x: Float[Array, "..."]) -> Float[Array, " bins"]:
 
     Values outside of it fall into the first or last bin.
     """
-    octave = jnp.log2(jnp.maximum(jnp.abs(x.reshape(-1).astype(jnp.float32)), 1e-30))
-    place = jnp.clip((octave - HISTOGRAM_LOW) / HISTOGRAM_STEP, 0, HISTOGRAM_BINS - 1).astype(
-        jnp.int32
-    )
-    return jnp.zeros(HISTOGRAM_BINS, jnp.float32).at[place].add(1.0)
+    return jnp.zeros(HISTOGRAM_BINS, jnp.float32).at[_bin(x.reshape(-1))].add(1.0)
+
+
+def _bin(x: Float[Array, "..."]) -> Array:
+    """Return the bin of each element."""
+    octave = jnp.log2(jnp.maximum(jnp.abs(x.astype(jnp.float32)), 1e-30))
+    place = (octave - HISTOGRAM_LOW) / HISTOGRAM_STEP
+    return jnp.clip(place, 0, HISTOGRAM_BINS - 1).astype(jnp.int32)
+
+
+def norms(rows: Float[Array, "n in"]) -> Float[Array, "n 2 bins"]:
+    """Return what each row contributes to the statistic `norms`."""
+    squares = jnp.sum(rows * rows, axis=-1)
+    place = jax.nn.one_hot(_bin(jnp.sqrt(squares / rows.shape[-1])), HISTOGRAM_BINS)
+    return jnp.stack([place, place * squares[:, None]], axis=1)
+
+
+def capped(rows: Float[Array, "n in"], cap: float | None) -> Float[Array, "n in"]:
+    """Shorten rows that are longer than `cap` times the median of those that are not zero."""
+    if cap is None:
+        return rows
+    sizes = jnp.sqrt(jnp.sum(rows * rows, axis=-1, keepdims=True))
+    middle = jnp.nanmedian(jnp.where(sizes > 0, sizes, jnp.nan))
+    # a size of zero, and rows that are all zero, give no factor
+    return rows * jnp.nan_to_num(jnp.minimum(cap * middle / jnp.maximum(sizes, 1e-30), 1.0))
+
+
+def top_share(norms: Float[np.ndarray, "*lead 2 bins"], part: float) -> float:
+    """Return the share of the sum of squares that the largest rows have.
+
+    Args:
+      norms: the statistic; leading axes (layers, experts) are summed.
+      part: the part of the rows, at least one of them; rows of one bin count as equally large.
+
+    >>> rows = jnp.ones((100, 4)).at[7].set(30.0)  # one of a hundred has 900 of 999 parts
+    >>> round(top_share(np.asarray(jnp.sum(norms(rows), axis=0)), 0.01), 3)
+    0.901
+    """
+    counts, squares = np.asarray(norms, np.float64).reshape(-1, 2, HISTOGRAM_BINS).sum(axis=0)
+    above = np.cumsum(counts[::-1])
+    share = np.cumsum(squares[::-1])
+    wanted = max(1.0, part * above[-1])
+    return float(np.interp(wanted, [0.0, *above], [0.0, *share]) / max(share[-1], 1e-300))
 
 
 def histogram_quantile(counts: Float[Array, " bins"], share: float) -> Float[Array, ""]:

@@ -22,7 +22,7 @@ from jaxmodel.errors import InputError
 from jaxmodel.leaves import Compressed
 from jaxmodel.ops.contract import DEFAULT, einsum
 from jaxmodel.ops.policy import Policy
-from jaxmodel.ops.probe import GRADIENT, OF_TAKE, Probe, histogram
+from jaxmodel.ops.probe import GRADIENT, OF_TAKE, Probe, capped, histogram, norms
 from jaxmodel.ops.product import precision
 
 # the most rows of a block; larger blocks waste rows at the end of each group, smaller ones read the
@@ -67,6 +67,7 @@ def _of_leaf(x: Array, w: Any, sizes: Array, policy: Policy) -> Array:
             jax.lax.stop_gradient(x),
             sizes,
             {name: zero for name, zero in w.zeros.items() if name not in OF_TAKE},
+            w.cap,
         )
     y = _product(x, w, sizes, dataclasses.replace(policy, activation_dtype="float32", axes=()))
     row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
@@ -227,8 +228,8 @@ def _by_blocks_backward(
 # --------------------------------------------------------------------------------------- statistics
 
 
-@jax.custom_vjp
-def _tap(y: Array, x: Array, sizes: Array, zeros: dict[str, Array]) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _tap(y: Array, x: Array, sizes: Array, zeros: dict[str, Array], cap: float | None) -> Array:
     """Return `y`, whose gradient for the zeros is the statistics of each group's rows.
 
     See `jaxmodel.ops.probe`.
@@ -237,28 +238,31 @@ def _tap(y: Array, x: Array, sizes: Array, zeros: dict[str, Array]) -> Array:
 
 
 def _tap_forward(
-    y: Array, x: Array, sizes: Array, zeros: dict[str, Array]
+    y: Array, x: Array, sizes: Array, zeros: dict[str, Array], cap: float | None
 ) -> tuple[Array, tuple[Array, Array, Any]]:
     return y, (x, sizes, zeros)
 
 
 def _tap_backward(
-    saved: tuple[Array, Array, dict[str, Array]], g: Array
+    cap: float | None, saved: tuple[Array, Array, dict[str, Array]], g: Array
 ) -> tuple[Array, None, None, dict[str, Array]]:
     x, sizes, zeros = saved
     return (
         g,
         None,
         None,
-        {name: _statistic(name, x, g, sizes, zero) for name, zero in zeros.items()},
+        {name: _statistic(name, x, g, sizes, zero, cap) for name, zero in zeros.items()},
     )
 
 
 _tap.defvjp(_tap_forward, _tap_backward)
 
 
-def _statistic(name: str, x: Array, g: Array, sizes: Array, zero: Array) -> Array:
+def _statistic(
+    name: str, x: Array, g: Array, sizes: Array, zero: Array, cap: float | None
+) -> Array:
     wide = x.astype(jnp.float32)
+    wide = capped(wide, cap) if name in ("gram", "square") else wide
     groups = sizes.shape[0]
     if name == "count":
         return sizes.astype(jnp.float32)
@@ -269,5 +273,5 @@ def _statistic(name: str, x: Array, g: Array, sizes: Array, zero: Array) -> Arra
     ends = jnp.cumsum(sizes.astype(jnp.int32), dtype=jnp.int32)
     # later rows get the group E, which is dropped
     group = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=jnp.int32), side="right")
-    each = wide * wide if name == "square" else jax.vmap(histogram)(wide)
+    each = {"square": jnp.square, "norms": norms}.get(name, jax.vmap(histogram))(wide)
     return jax.ops.segment_sum(each, group, groups)

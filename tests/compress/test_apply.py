@@ -124,6 +124,21 @@ def test_recipes_give_the_same_codes_on_a_mesh(devices8):
                 placed = sharding.place(model.rules, params, sharding.make_mesh(shape))
                 again, _ = compress.apply(recipe, placed, axes=model.axes)
                 assert tree.fingerprint(again) == want, shape
+        # statistics are sums over the mesh, of sequential calibration too
+        recipe = [("blocks/.*/mlp/(up|down)", "gptq(4)"), (".*", "")]
+        tokens = [jax.random.randint(jax.random.key(i), (8, 16), 0, 256) for i in range(2)]
+        run = lambda params, tokens: compress.calibrate(
+            model, params, recipe, tokens, order="sequential", held_out=0.0
+        )[1]
+        alone = run(params, tokens)
+        mesh = sharding.make_mesh("fsdp=4,tensor=2")
+        with jax.set_mesh(mesh):
+            spread = jax.NamedSharding(mesh, jax.P("fsdp"))
+            mesh = run(placed, [jax.device_put(one, spread) for one in tokens])
+        for one, two in zip(alone.leaves, mesh.leaves, strict=True):
+            assert one["path"] == two["path"] and one.get("tokens") == two.get("tokens")
+            assert abs(one.get("output_error", 0) - two.get("output_error", 0)) < 1e-3
+        assert mesh.leaves[-1]["bits_per_weight"] > 0
         print("same")
     """
     assert devices8(program).strip() == "same"

@@ -208,6 +208,12 @@ CALLS: dict[str, tuple[Given, Callable[[Any], Any]]] = {
         TEXT,
         lambda params: compress.apply(some(".*/mlp/.*", "rtn(bits=8)", ()), params)[0],
     ),
+    "compress.calibrate": (
+        TEXT,
+        lambda params: compress.calibrate(
+            MODEL, params, some(".*/mlp/up", "wanda(0.5)", ()), [jnp.asarray(TOKENS)], held_out=0.0
+        )[0],
+    ),
     "compress.compress_bundle": (
         TEXT,
         lambda params: (
@@ -217,6 +223,10 @@ CALLS: dict[str, tuple[Given, Callable[[Any], Any]]] = {
     "compress.observe": (
         TEXT,
         lambda params: compress.observe(MODEL, params, [jnp.asarray(TOKENS)]),
+    ),
+    "compress.observe_gradients": (
+        TEXT,
+        lambda params: compress.observe_gradients(MODEL, params, [jnp.asarray(TOKENS)], ".*/up"),
     ),
     "compress.variants": (
         TEXT,

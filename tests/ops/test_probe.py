@@ -12,9 +12,9 @@ import pytest
 from jaxmodel import ops
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import QTensor, Sparse
-from jaxmodel.ops.probe import histogram, zeros_for
+from jaxmodel.ops.probe import histogram, top_share, zeros_for
 
-ALL = ("count", "square", "gram", "histogram")
+ALL = ("count", "square", "gram", "histogram", "norms")
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -32,7 +32,14 @@ def by_hand(x: jax.Array) -> dict[str, np.ndarray]:
         "square": (rows**2).sum(0),
         "gram": rows.T @ rows,
         "histogram": np.histogram(inside, edges)[0],
+        "norms": norms_by_hand(rows, edges),
     }
+
+
+def norms_by_hand(rows: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """How many rows are of each size, and the sum of their squares."""
+    size = np.clip(np.sqrt((rows**2).mean(-1)), edges[0], edges[-1] * (1 - 1e-9))
+    return np.stack([np.histogram(size, edges, weights=w)[0] for w in (None, (rows**2).sum(-1))])
 
 
 def program(loss, argnums=0):
@@ -93,6 +100,7 @@ def test_zeros_have_the_leading_axes_of_the_weight(lead):
         "square": (3,),
         "gram": (3, 3),
         "histogram": (64,),
+        "norms": (2, 64),
         "tokens": (2,),
     }
     assert {name: zero.shape for name, zero in zeros.items()} == {
@@ -423,3 +431,18 @@ PROGRAM = """
 def test_statistics_on_a_mesh_equal_those_on_one_device(devices8):
     lines = devices8(PROGRAM).splitlines()
     assert len([line for line in lines if line.startswith("equal")]) == 7
+
+
+def test_a_cap_shortens_the_longest_rows():
+    x = normal(9, 6).at[2].multiply(100.0).at[4].set(0.0)
+    w = normal(4, 6, seed=1)
+    run = lambda z: jnp.sum(ops.einsum("BD,FD->BF", x, ops.Probe(w, z, cap=2.0)))
+    got = program(run)(zeros_for(w.shape, ALL))
+    size = np.linalg.norm(np.asarray(x, np.float64), axis=-1)
+    limit = 2 * np.median(size[size > 0])
+    short = np.asarray(x) * np.minimum(1, limit / np.maximum(size, 1e-9))[:, None]
+    want = by_hand(x)  # the histogram, and how long the rows were, are not concerned
+    close(got, {**want, "gram": short.T @ short, "square": (short**2).sum(0)})
+    assert top_share(np.asarray(got["norms"]), 0.1) == pytest.approx(
+        size.max() ** 2 / (size**2).sum(), rel=1e-4
+    )

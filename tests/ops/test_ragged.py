@@ -28,7 +28,7 @@ SIZES = [
     (0, 7, 4),
     (0, 0, 0),
 ]  # the last three leave rows over
-ALL = ("square", "gram", "histogram")
+ALL = ("square", "gram", "histogram", "norms")
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -254,7 +254,14 @@ def by_hand(x: jax.Array, sizes: tuple[int, ...]) -> dict[str, np.ndarray]:
         "square": np.stack([(r * r).sum(0) for r in rows]),
         "gram": np.stack([r.T @ r for r in rows]),
         "histogram": np.stack([counts[group].sum(0) for group in slices]),
+        "norms": np.stack([norms_by_hand(r) for r in rows]),
     }
+
+
+def norms_by_hand(rows: np.ndarray) -> np.ndarray:
+    edges = 2.0 ** (-24 + 0.5 * np.arange(65))
+    size = np.sqrt((rows**2).mean(-1))
+    return np.stack([np.histogram(size, edges, weights=w)[0] for w in (None, (rows**2).sum(-1))])
 
 
 def same(got: dict[str, jax.Array], want: dict[str, np.ndarray]) -> None:

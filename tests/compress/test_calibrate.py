@@ -1,0 +1,287 @@
+"""Calibration block by block against brute force: measure the whole model, and compress by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmodel import compress, hub, losses, tree
+from jaxmodel.compress import Recipe
+from jaxmodel.compress.observe import probed
+from jaxmodel.compress.recipes import ByRole
+from jaxmodel.compress.stats import usable
+from jaxmodel.errors import InputError
+from jaxmodel.leaves import Turned, decode
+from jaxmodel.models import bert, gpt2, lenet, llama, mlp
+from jaxmodel.ops.probe import zeros_for
+
+TINY = {
+    "llama": (llama, llama.SIZES["tiny"]),
+    "gpt2": (gpt2, gpt2.SIZES["tiny"]),
+    "bert": (bert, bert.SIZES["tiny"]),
+    "experts": (llama, llama.SIZES["tiny-moe"]),
+}
+MODELS = {
+    name: module.model(dataclasses.replace(config, depth=2))
+    for name, (module, config) in TINY.items()
+}
+LENET = lenet.model(lenet.SIZES["tiny"])
+CHAINS = ByRole(compress.parse("wanda(0.5) | rtn(4)"), compress.parse("rtn(8)"))
+RECIPE = Recipe(((".*", CHAINS),))
+GPTQ = [("blocks/.*/(up|o)", "gptq(3)"), (".*", "")]
+
+
+def inputs(model, seed, rows=2):
+    rng = np.random.default_rng(seed)
+    one = lambda a: jnp.asarray(rng.integers(0, model.config.vocab, a.shape), a.dtype)
+    return {name: one(a) for name, a in model.inputs(rows, 8).items()}
+
+
+@functools.cache
+def given(name):
+    model = MODELS[name]
+    return jax.jit(model.init)(jax.random.key(0)), [inputs(model, seed) for seed in range(3)]
+
+
+@functools.cache
+def done(name, order):
+    params, batches = given(name)
+    held = 0.3 if name == "llama" else 0.0
+    return compress.calibrate(MODELS[name], params, RECIPE, batches, order=order, held_out=held)
+
+
+def plain(params):
+    leaves = tree.flatten(tree.unstack(params))
+    return {path: np.asarray(decode(leaf, jnp.float32)) for path, leaf in leaves.items()}
+
+
+def same(got, want):
+    """But for what a sum in another order rounds, or prunes, differently."""
+    got, want = plain(got), plain(want)
+    assert got.keys() == want.keys()
+    for path, value in want.items():
+        off = np.abs(got[path] - value) > 1e-4 * np.abs(value).max()
+        assert np.mean(off) <= 0.02, path
+
+
+def measured(model):
+    """Return a function of plain params: the squares of the inputs of all matrices, by probes."""
+
+    @jax.jit
+    def measure(params, inputs):
+        leaves = tree.flatten(params)
+        zeros = {
+            path: zeros_for(leaf.shape, ["square"])
+            for path, leaf in leaves.items()
+            if leaf.ndim > 1
+        }
+        run = lambda zeros: model.apply(probed(params, zeros), inputs).logits.sum()
+        return jax.grad(run)(zeros)
+
+    return measure
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sequential_is_one_part_after_another_by_hand(name):
+    model = MODELS[name]
+    params, batches = given(name)
+    measure = measured(model)
+    batches = batches[:2] if name == "llama" else batches
+    parts = [f"blocks/{i}/.*" for i in range(2)] + ["head/.*"] * (name == "bert")
+    tables = (tree.optional("embed|positions|types|head"), CHAINS)
+    dense = lambda params: tree.map_leaves(lambda _, leaf: decode(leaf), tree.unstack(params))
+    hand = dense(compress.apply([tables, (".*", "")], params, axes=model.axes)[0])
+    for part in parts:  # of the whole model, in which what is in front is compressed already
+        found = [measure(hand, inputs) for inputs in batches]
+        stats = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), found)
+        hand, _ = compress.apply([(part, CHAINS), (".*", "")], hand, stats, model.axes)
+        hand = dense(hand)
+    same(done(name, "sequential")[0], hand)
+
+
+def test_once_is_with_the_statistics_of_the_model_as_it_is():
+    params, batches = given("llama")
+    model = MODELS["llama"]
+    stats = compress.observe(model, params, batches[:2])
+    small, report = done("llama", "once")
+    same(small, compress.apply(RECIPE, params, stats, model.axes)[0])
+    assert np.any(
+        plain(small)["blocks/1/mlp/up"] != plain(done("llama", "sequential")[0])["blocks/1/mlp/up"]
+    )
+    assert report.protocol["tokens"] == 32 and report.protocol["held_out_tokens"] == 16
+    row = next(row for row in report.leaves if row["path"] == "blocks/1/mlp/down")
+    assert row["tokens"] == 32 and row["zeros"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_error_of_the_output_is_that_on_held_out_tokens():
+    params, batches = given("llama")
+    small, report = done("llama", "once")
+    gram = compress.observe(MODELS["llama"], params, batches[2:], ".*/down", ["gram"])
+    for row in report.leaves:
+        if row["path"].endswith("down"):
+            layer = int(row["path"].split("/")[1])
+            found = np.asarray(gram["blocks/0-1/mlp/down"]["gram"][layer], np.float64)
+            was, now = (plain(of)[row["path"]].astype(np.float64) for of in (params, small))
+            size = lambda weight, found=found: np.trace(weight @ found @ weight.T)
+            want = np.sqrt(size(now - was) / size(was))
+            assert row["output_error"] == pytest.approx(want, rel=1e-3)
+
+
+def test_the_loss_before_and_after_is_that_of_held_out_tokens():
+    params, batches = given("llama")
+    small, report = done("llama", "sequential")
+    loss = report.loss
+    assert loss is not None
+
+    def mean(params):
+        tokens = batches[2]["tokens"]
+        logits = MODELS["llama"].apply(params, tokens[:, :-1]).logits
+        return float(losses.softmax_cross_entropy(logits, tokens[:, 1:]).mean())
+
+    assert loss["predictions"] == 14
+    for name, of in (("before", params), ("after", small)):
+        assert loss[name]["mean"] == pytest.approx(mean(of), rel=1e-3)
+    assert loss["change"]["mean"] == pytest.approx(mean(small) - mean(params), abs=1e-3)
+    low, high = loss["change"]["interval"]
+    assert low <= loss["change"]["mean"] <= high
+
+
+def test_leaves_are_measured_in_groups_that_fit(monkeypatch):
+    model = mlp.model(mlp.Config(6, (8, 8), 3))
+    params = model.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    batch = {"features": jnp.asarray(rng.normal(size=(12, 6)), jnp.float32)}
+    batches = [{**batch, "labels": jnp.asarray(rng.integers(0, 3, 12), jnp.int32)}] * 3
+    recipe = [(".*", CHAINS)]
+    whole, _ = compress.calibrate(model, params, recipe, batches)
+    module = importlib.import_module("jaxmodel.compress.calibrate")
+    monkeypatch.setattr(module, "BUDGET", 1)
+    small, report = compress.calibrate(model, params, recipe, batches)
+    same(small, whole)
+    loss = report.loss
+    assert loss is not None and loss["before"]["mean"] > 0 and loss["predictions"] is None
+
+
+def test_gradients_are_collected_for_methods_that_want_them():
+    params, batches = given("llama")
+
+    @dataclasses.dataclass(frozen=True)
+    class _Uses(compress.Rtn):
+        needs = ("square", "fisher")
+
+        def step(self, draft, stats, key):
+            return draft.to(jnp.sqrt(stats["fisher"]) * stats["square"][None])
+
+    rules = [("blocks/.*/mlp/up", (_Uses(),)), (".*", ())]
+    small, _ = compress.calibrate(MODELS["llama"], params, rules, batches, held_out=0.0)
+    fisher = compress.observe_gradients(MODELS["llama"], params, batches, "blocks/.*/mlp/up")
+    square = compress.observe(MODELS["llama"], params, batches, "blocks/.*/mlp/up")
+    path = "blocks/0-1/mlp/up"
+    want = np.sqrt(fisher[path]["fisher"]) * np.asarray(square[path]["square"])[:, None]
+    for i in range(2):
+        np.testing.assert_allclose(plain(small)[f"blocks/{i}/mlp/up"], want[i], rtol=1e-3)
+
+
+def test_statistics_that_cannot_be_used_are_those_of_equal_inputs():
+    """As for an expert that no token reached, or a Gram matrix with a NaN."""
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.normal(size=(3, 4, 16)), jnp.float32)
+    x = rng.normal(size=(3, 50, 16))
+    gram = jnp.asarray(np.einsum("eti,etj->eij", x, x), jnp.float32)
+    gram = gram.at[1].set(0.0).at[2, 0, 5].set(jnp.nan)
+    stats = {
+        "gram": gram,
+        "square": jnp.where(jnp.arange(3)[:, None] == 1, 0.0, 50.0) * jnp.ones((3, 16)),
+        "count": jnp.array([50.0, 0.0, 50.0]),
+    }
+    for text, without in (("gptq(3)", None), ("wanda(0.5)", "magnitude(0.5)")):
+        small, report = compress.apply([("w", text)], {"w": weight}, {"w": stats})
+        (row,) = report.leaves
+        bad = "1 of 3: no inputs" + "; 1 of 3: statistics not finite" * (text == "gptq(3)")
+        assert row["fallback"] == bad and row["tokens"] == 0
+        made = np.asarray(decode(small["w"], jnp.float32))
+        assert np.all(np.isfinite(made))
+        if without:
+            (alone,) = compress.parse(without)
+            np.testing.assert_array_equal(made[1], decode(alone(weight[1]), jnp.float32))
+    fixed, said = usable({"square": stats["square"][0], "count": stats["count"][0]})
+    np.testing.assert_array_equal(fixed["square"], stats["square"][0])
+    assert said == ""
+
+
+def test_statistics_of_parts_of_the_data_add_up_in_any_order():
+    params, batches = given("llama")
+    model = MODELS["llama"]
+    names = ["gram", "square", "histogram", "norms"]
+    one, two, three = (
+        compress.observe(model, params, [batch], "blocks/1/mlp/.*", names) for batch in batches
+    )
+    add = lambda a, b: jax.tree.map(np.add, a, b)
+    whole = compress.observe(model, params, batches, "blocks/1/mlp/.*", names)
+    for total in (add(add(one, two), three), add(one, add(three, two))):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), total, whole
+        )
+
+
+def test_a_compressed_model_is_measured_as_what_it_stands_for():
+    """Also behind a turned input, whose statistics are those of the contraction's own input."""
+    params, batches = given("llama")
+    draft = jnp.linspace(0.5, 2.0, 32)[None, None]
+    up = params["blocks"]["0-1"]["mlp"]["up"]
+    turned = Turned(up, jnp.broadcast_to(draft, (2, 1, 32)), hadamard=8)
+    layer = params["blocks"]["0-1"]
+    of = lambda leaf: {**params, "blocks": {"0-1": {**layer, "mlp": {**layer["mlp"], "up": leaf}}}}
+    one, two = (
+        compress.observe(MODELS["llama"], of(leaf), batches[:1], ".*/(up|down)", ["gram"])
+        for leaf in (turned, turned.decode())
+    )
+    for path in one:
+        np.testing.assert_allclose(one[path]["gram"], two[path]["gram"], rtol=1e-3, atol=1e-4)
+
+
+def test_a_bundle_is_calibrated_and_says_so():
+    params, batches = given("llama")
+    bundle = hub.Bundle(MODELS["llama"], params)
+    rows = []
+    small, report = compress.compress_bundle(
+        bundle, RECIPE, batches=batches, order="sequential", held_out=0.3, on_row=rows.append
+    )
+    assert rows == list(report.leaves)
+    same(small.params, done("llama", "sequential")[0])
+    assert report.protocol["order"] == "sequential" and len(report.protocol["data"]) == 64
+    assert b"error of the output" in report.plot()
+    assert "change" in report._repr_html_()
+
+
+def test_what_is_wrong_is_said():
+    params, batches = given("llama")
+    model = MODELS["llama"]
+    bundle = hub.Bundle(model, params)
+    shapes = jax.eval_shape(LENET.init, jax.random.key(0))
+    for call, message in (
+        (lambda: compress.compress_bundle(bundle, GPTQ), "'gram' of the input of"),
+        (
+            lambda: compress.calibrate(LENET, shapes, GPTQ, batches, order="sequential"),
+            "order: 'sequential' given for a model without blocks; allowed: 'once'",
+        ),
+        (
+            lambda: compress.calibrate(model, params, GPTQ, [batches[0]["tokens"] - 300]),
+            "tokens: the token id -",
+        ),
+        (lambda: compress.calibrate(model, params, GPTQ, []), "batches: none given"),
+        (lambda: compress.calibrate(model, params, GPTQ, batches, cap=0.0), "cap: 0.0 given"),
+        (lambda: compress.calibrate(model, params, GPTQ, batches, held_out=1.0), "held_out: 1.0"),
+        (
+            lambda: compress.compress_bundle(bundle, GPTQ, order="sequential"),
+            "given without batches",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
