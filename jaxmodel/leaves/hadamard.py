@@ -51,7 +51,7 @@ def turn(x: Float[Array, "... n"], size: int, *, back: bool = False) -> Float[Ar
       back: multiply with the transpose, which undoes it.
     """
     matrix = jnp.asarray(hadamard(size), x.dtype)
-    blocks = x.reshape(*x.shape[:-1], -1, size)
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
     turned = jnp.matmul(blocks, matrix.T if back else matrix, precision="highest")
     return turned.reshape(x.shape)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmodel.leaves.leaf import register
-from jaxmodel.ops.cache import KVCache
+from jaxmodel.ops.cache import KVCache, Rounded, alike, of_layer, room
 from jaxmodel.ops.policy import Policy
 from jaxmodel.ops.seen import AttentionMask
 
@@ -31,8 +31,8 @@ class CrossAttentionCache:
     """
 
     target: KVCache
-    k: jax.Array
-    v: jax.Array
+    k: jax.Array | Rounded
+    v: jax.Array | Rounded
     valid: jax.Array
 
     @classmethod
@@ -41,7 +41,7 @@ class CrossAttentionCache:
     ) -> CrossAttentionCache:
         """Make an empty cache for `capacity` tokens of the target and a source of any length."""
         target = KVCache.zeros(layers, batch, heads, capacity, width, policy)
-        source = jnp.zeros((layers, batch, heads, 0, width), policy.dtype_of_cache)
+        source = room((layers, batch, heads, 0, width), policy)
         return cls(target, source, source, jnp.zeros((batch, 0), jnp.bool_))
 
     def reading(
@@ -51,19 +51,20 @@ class CrossAttentionCache:
 
         `remember` writes those of each layer.
         """
-        layers, batch, heads, _, width = self.k.shape
-        room = jnp.zeros((layers, batch, heads, valid.shape[1], width), self.k.dtype)
-        return CrossAttentionCache(self.target, room, room, valid)
+        s = valid.shape[1]
+        longer = jax.tree.map(lambda a: jnp.zeros((*a.shape[:3], s, a.shape[4]), a.dtype), self.k)
+        return CrossAttentionCache(self.target, longer, longer, valid)
 
     def remember(
         self, layer: jax.Array | int, k: Float[Array, "B K S h"], v: Float[Array, "B K S h"]
     ) -> CrossAttentionCache:
         """Write the source's keys and values in one layer."""
 
-        def write(store: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_slice(
-                store, new[None].astype(store.dtype), (layer, 0, 0, 0, 0)
+        def write(store: Array | Rounded, new: Array) -> Array | Rounded:
+            put = lambda store, new: jax.lax.dynamic_update_slice(
+                store, new[None], (layer, 0, 0, 0, 0)
             )
+            return jax.tree.map(put, store, alike(new, store))
 
         return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
 
@@ -77,8 +78,8 @@ class CrossAttentionCache:
           heads: the number of key heads of the layer.
         """
         return (
-            self.k[layer][:, :heads],
-            self.v[layer][:, :heads],
+            of_layer(self.k, layer, heads),
+            of_layer(self.v, layer, heads),
             AttentionMask(valid=self.valid, causal=False),
         )
 

@@ -14,6 +14,7 @@ from jaxmodel.errors import at_least, one_of, unknown
 from jaxmodel.sharding import BATCH_AXES
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_CODES = {"int8": 8, "int4": 4}  # the cache may hold integer codes
 _REMAT = ("none", "full", "dots")
 _ATTENTION = ("auto", "plain", "blockwise")
 
@@ -27,7 +28,9 @@ class Policy:
       compute_dtype: dtype of the operands of every contraction; sums, norms and softmax are always
         float32.
       activation_dtype: dtype of the activations between operations.
-      cache_dtype: dtype of keys and values in the cache; None for `compute_dtype`.
+      cache_dtype: dtype of keys and values in the cache; None for `compute_dtype`. "int8" and
+        "int4" round each head of each token with its own scale (see `jaxmodel.ops.cache.Rounded`):
+        8.25 and 4.5 bits a number with heads of 64.
       remat: what the backward pass computes again: "none", "full" (each block), "dots" (everything
         but the contractions).
       attention: how attention runs: "plain" (all scores at once), "blockwise" (memory linear in
@@ -54,8 +57,9 @@ class Policy:
     def __post_init__(self) -> None:
         for name in ("compute_dtype", "activation_dtype", "cache_dtype"):
             value = getattr(self, name)
-            if value not in _DTYPES and not (name == "cache_dtype" and value is None):
-                raise unknown(f"policy.{name}", value, _DTYPES)
+            allowed = (*_DTYPES, *_CODES) if name == "cache_dtype" else _DTYPES
+            if value not in allowed and not (name == "cache_dtype" and value is None):
+                raise unknown(f"policy.{name}", value, allowed)
         one_of("policy.remat", self.remat, _REMAT)
         one_of("policy.attention", self.attention, _ATTENTION)
         at_least("policy.microbatches", self.microbatches, 0)
@@ -63,8 +67,14 @@ class Policy:
 
     @property
     def dtype_of_cache(self) -> jnp.dtype:
-        """The dtype of the cache: `cache_dtype`, else that of the contractions."""
-        return jnp.dtype(self.cache_dtype or self.compute_dtype)
+        """The dtype of a cache that holds numbers: `cache_dtype`, else that of the contractions."""
+        rounded = self.cache_dtype is None or self.cache_dtype in _CODES
+        return jnp.dtype(self.compute_dtype if rounded else self.cache_dtype)
+
+    @property
+    def bits_of_cache(self) -> int | None:
+        """The bits of a code in the cache; None if it holds numbers."""
+        return _CODES.get(self.cache_dtype or "")
 
 
 MESH_AXES = (

@@ -254,12 +254,13 @@ def test_nothing_is_compiled_on_the_second_call(model, params, sampling):
     assert third.total() == 0, third
 
 
-def test_a_bfloat16_cache(model, params):
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_small_cache(model, params, dtype):
     small = families()[type(model.config).__module__.split(".")[-1]].model(
-        model.config, ops.Policy(cache_dtype="bfloat16")
+        model.config, ops.Policy(cache_dtype=dtype)
     )
     logits, cache = decode.prefill(small, params, ROWS, 4)
-    assert cache.k.dtype == jnp.bfloat16 and cache.capacity >= 21
+    assert jax.tree.leaves(cache.k)[0].dtype == dtype and cache.capacity >= 21
     np.testing.assert_allclose(logits, decode.prefill(model, params, ROWS, 4)[0], atol=0.2)
 
 
