@@ -2,9 +2,11 @@
 
 from jaxmodel import moved
 from jaxmodel.compress.apply import apply
+from jaxmodel.compress.aware import aware, fake
 from jaxmodel.compress.bundles import compress_bundle
 from jaxmodel.compress.calibrate import calibrate
 from jaxmodel.compress.gradients import observe_gradients
+from jaxmodel.compress.learnt import Learnt, learn_ranges, store_ranges
 from jaxmodel.compress.method import Method, methods, parse
 from jaxmodel.compress.observe import observe
 from jaxmodel.compress.prune import (
@@ -52,6 +54,7 @@ __all__ = [
     "Gptq",
     "Gradient",
     "InverseTransform",
+    "Learnt",
     "Magnitude",
     "Method",
     "Movement",
@@ -73,14 +76,18 @@ __all__ = [
     "Truncate",
     "Wanda",
     "apply",
+    "aware",
     "calibrate",
     "compress_bundle",
+    "fake",
     "get_recipe",
+    "learn_ranges",
     "methods",
     "observe",
     "observe_gradients",
     "parse",
     "read_recipe",
+    "store_ranges",
     "transformed",
     "transforms",
     "variants",

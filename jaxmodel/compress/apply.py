@@ -156,12 +156,12 @@ def compress_leaf(
     if chain and stats:
         wanted = (*needs_of(chain), "count")
         used, fallback = usable({name: stats[name] for name in wanted if name in stats})
-    after, notes = run_chain(chain, leaf, used, _keys(path, leaf.shape[:-2], key), path)
+    after, notes = run_chain(chain, leaf, used, keys_of(path, leaf.shape[:-2], key), path)
     fallback = fallback if needs_of(chain) else ""
     return after, row_of(path, chain, leaf, after, notes, stats, held, fallback)
 
 
-def _keys(path: str, lead: tuple[int, ...], key: jax.Array | None) -> jax.Array:
+def keys_of(path: str, lead: tuple[int, ...], key: jax.Array | None) -> jax.Array:
     """Return a key for each matrix of a leaf, the same however its layers are stacked."""
     key = jax.random.key(0) if key is None else key
     each = [rng.fold(key, layer) for layer in tree.layer_paths(path)]

@@ -209,7 +209,10 @@ def open_leaf(leaf: Any) -> Draft:
     """
     if isinstance(leaf, Turned):
         scale = None if leaf.scale is None else leaf.scale[0].astype(jnp.float32)
-        return dataclasses.replace(open_leaf(leaf.base), scale=scale, hadamard=leaf.hadamard)
+        draft = dataclasses.replace(open_leaf(leaf.base), scale=scale, hadamard=leaf.hadamard)
+        if leaf.limit is None:
+            return draft
+        return dataclasses.replace(draft, activations="int8", limit=leaf.limit[0, 0])
     if isinstance(leaf, Sparse):
         values = leaf.values
         weight = leaf.decode(jnp.float32)

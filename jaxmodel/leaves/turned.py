@@ -16,6 +16,7 @@ from jaxmodel.leaves.leaf import (
     decode,
     expect,
     full_spec,
+    later,
     register,
     shards,
     static,
@@ -34,11 +35,15 @@ class Turned(Compressed):
       base: `[..., out, in]`, an array or a compressed leaf.
       scale: None, or floating `[..., 1, in]`.
       hadamard: the size of a block of H, which divides `in`; 0 for no rotation.
+      limit: None, or floating `[..., 1, 1]`: where the input is clipped at last, and rounded to
+        255 values between. A gradient passes where nothing is clipped, and reaches the limit from
+        where something is (PACT: Choi et al., 2018).
     """
 
     base: Any
     scale: Any = None
     hadamard: int = static(default=0)
+    limit: Any = later(default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,7 +59,13 @@ class Turned(Compressed):
         """Return what the base is multiplied with, in the dtype of x."""
         if self.scale is not None:
             x = x * self.scale.reshape((1,) * (x.ndim - 1) + (-1,)).astype(x.dtype)
-        return turn(x, self.hadamard) if self.hadamard else x
+        x = turn(x, self.hadamard) if self.hadamard else x
+        if self.limit is None:
+            return x
+        limit = jnp.maximum(self.limit.reshape((1,) * x.ndim).astype(x.dtype), 1e-6)
+        x = jnp.clip(x, -limit, limit)
+        rounded = jnp.round(x * (127 / limit)) * (limit / 127)
+        return x + jax.lax.stop_gradient(rounded - x)
 
     def decode(self, dtype: Any = None) -> jax.Array:
         """Return the weight as a plain array."""
@@ -78,7 +89,9 @@ class Turned(Compressed):
         whole = PartitionSpec(*lead, out, last)
         base = self.base.specs(whole, sizes) if isinstance(self.base, Compressed) else whole
         scale = None if self.scale is None else PartitionSpec(*lead, None, last)
-        return type(self)(base, scale, hadamard=self.hadamard)  # pyright: ignore[reportArgumentType]
+        limit = None if self.limit is None else PartitionSpec(*lead, None, None)
+        made = type(self)(base, scale, hadamard=self.hadamard, limit=limit)  # pyright: ignore
+        return made
 
     def check(self) -> None:
         """Check the invariants of the class."""
@@ -99,4 +112,15 @@ class Turned(Compressed):
             self,
             f"hadamard is {self.hadamard}; a block of that size does not divide {n}",
         )
-        expect(self.scale is not None or self.hadamard > 0, self, "neither a scale nor a rotation")
+        if self.limit is not None:
+            want = (*self.shape[:-2], 1, 1)
+            expect(
+                tuple(self.limit.shape) == want,
+                self,
+                f"limit has shape {self.limit.shape}; {want} is needed",
+            )
+        expect(
+            self.scale is not None or self.hadamard > 0 or self.limit is not None,
+            self,
+            "neither a scale, nor a rotation, nor a limit",
+        )

@@ -339,7 +339,7 @@ def _row_scale(w: QTensor, ndim: int) -> Array:
 
 def _dynamic(w: Any) -> bool:
     if isinstance(w, Turned):
-        return _dynamic(w.base)
+        return w.limit is not None or _dynamic(w.base)
     return (
         w.activations is not None
         if isinstance(w, QTensor)

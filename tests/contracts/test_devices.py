@@ -275,10 +275,21 @@ def check_each_leaf_on_rows_and_columns() -> None:
         "int4 rows": quantise(w, 4),
         "int4 groups": quantise(w, 4, group=8),
         "affine groups": affine(w, 16),
+        "fp8 limit": QTensor.from_codes(
+            (w * 100).astype(jnp.float8_e4m3fn),
+            jnp.full((16, 1), 0.01, jnp.float32),
+            bits=8,
+            activations="int8",
+            limit=jnp.full((1, 1), 2.0, jnp.float32),
+            form="e4m3",
+        ),
     }
     by_rows = {
         "int3 padded": quantise(w[:, :45], 3),
         "int4 padded": quantise(w[:, :60], 4, group=16),
+        "ternary padded": QTensor.from_codes(
+            jnp.sign(w[:, :48]).astype(jnp.int32), jnp.ones((16, 1)), bits=2, form="ternary"
+        ),
         "sparse": sparse(w),
     }
     ids = jnp.asarray(rng.integers(0, 16, (2, 5)), jnp.int32)

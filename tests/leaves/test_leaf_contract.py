@@ -133,6 +133,7 @@ LEAVES = {
     "codebook groups": codebook(2, 1, group=8),
     "sparse codebook": sparse(values=codebook(4, OUT, n=IN // 2)),
     "turned": Turned(qtensor(8), 2.0 + jnp.zeros((L, 1, IN)), hadamard=12),
+    "turned limit": Turned(qtensor(8), limit=jnp.ones((L, 1, 1))),
     "blocks": blocks(8),
     "blocks padded": blocks(5),
     "adapted int4": adapted(qtensor(4, group=8, dtype=jnp.float16)),
