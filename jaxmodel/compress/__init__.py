@@ -3,6 +3,7 @@
 from jaxmodel import moved
 from jaxmodel.compress.apply import apply
 from jaxmodel.compress.aware import aware, fake
+from jaxmodel.compress.budgets import budget
 from jaxmodel.compress.bundles import compress_bundle
 from jaxmodel.compress.calibrate import calibrate
 from jaxmodel.compress.gradients import observe_gradients
@@ -20,6 +21,9 @@ from jaxmodel.compress.prune import (
     Sparsegpt,
     Taylor,
     Wanda,
+    choose_units,
+    mask_units,
+    score_units,
 )
 from jaxmodel.compress.quantize import (
     Activations,
@@ -39,6 +43,7 @@ from jaxmodel.compress.quantize import (
 from jaxmodel.compress.recipe_file import read_recipe
 from jaxmodel.compress.recipes import RECIPES, Recipe, get_recipe
 from jaxmodel.compress.report import Report
+from jaxmodel.compress.rounds import bottom_up, gradually, prune_in_rounds
 from jaxmodel.compress.transforms import Awq, Rotate, Smooth, Transform, transformed, transforms
 from jaxmodel.compress.variants import variants
 
@@ -77,16 +82,23 @@ __all__ = [
     "Wanda",
     "apply",
     "aware",
+    "bottom_up",
+    "budget",
     "calibrate",
+    "choose_units",
     "compress_bundle",
     "fake",
     "get_recipe",
+    "gradually",
     "learn_ranges",
+    "mask_units",
     "methods",
     "observe",
     "observe_gradients",
     "parse",
+    "prune_in_rounds",
     "read_recipe",
+    "score_units",
     "store_ranges",
     "transformed",
     "transforms",

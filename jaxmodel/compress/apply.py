@@ -153,9 +153,9 @@ def compress_leaf(
     check_leaf(path, leaf, chain)
     fallback = ""
     used: Mapping[str, jax.Array] = {}
-    if chain and stats:
-        wanted = (*needs_of(chain), "count")
-        used, fallback = usable({name: stats[name] for name in wanted if name in stats})
+    wanted = (*needs_of(chain), "count") if chain and stats else ()
+    if own := {name: stats[name] for name in wanted if name in stats}:
+        used, fallback = usable(own)
     after, notes = run_chain(chain, leaf, used, keys_of(path, leaf.shape[:-2], key), path)
     fallback = fallback if needs_of(chain) else ""
     return after, row_of(path, chain, leaf, after, notes, stats, held, fallback)

@@ -382,12 +382,22 @@ def draft_of(chain: tuple[Any, ...], leaf: Any, stats: LeafStats, keys: jax.Arra
       stats: with the same leading axes.
       keys: an array of keys with the same leading axes.
     """
-    run = lambda leaf, stats, key: opened(chain, leaf, stats, key)
+    return each_matrix(functools.partial(opened, chain), leaf, stats, keys)
+
+
+def each_matrix(run: Any, leaf: Any, *beside: Any) -> Any:
+    """Run a function on each matrix `[out, in]` of a leaf, one at a time.
+
+    Args:
+      run: `(matrix, *beside) -> a pytree`.
+      leaf: `[..., out, in]`, plain or compressed.
+      beside: pytrees with the same leading axes.
+    """
     for _ in range(len(leaf.shape) - 2):
         run = functools.partial(
             lambda inner, *args: jax.lax.map(lambda one: inner(*one), args), run
         )
-    return run(leaf, stats, keys)
+    return run(leaf, *beside)
 
 
 def run_chain(

@@ -96,7 +96,7 @@ def _usable(stats: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Arra
         "gram": lambda a: jnp.eye(a.shape[-1]),
         "histogram": lambda a: histogram(jnp.ones(1)),
     }
-    sizes = {"gram": 2, "square": 1, "histogram": 1, "gradient": 2, "fisher": 2}
+    sizes = {"gram": 2, "square": 1, "histogram": 1, "gradient": 2, "fisher": 2, "movement": 2}
     sizes = {name: sizes.get(name, 0) for name in stats}
     finite = [
         jnp.all(jnp.isfinite(a), axis=tuple(range(a.ndim - sizes[name], a.ndim)))

@@ -1,10 +1,11 @@
-"""Tools for fewer users: learning from unlabelled data, wrong labels, dictionaries of features.
+"""Tools for fewer users: unlabelled data, wrong labels, dictionaries of features, lottery tickets.
 
 No other package imports this one.
 """
 
 from jaxmodel.contrib.confident import confident_learning
 from jaxmodel.contrib.dictionary import count_active, revive, unit_dictionary
+from jaxmodel.contrib.lottery import lottery
 from jaxmodel.contrib.selfsupervised import (
     masked_patches,
     pretext,
@@ -17,6 +18,7 @@ __all__ = [
     "confident_learning",
     "count_active",
     "fixmatch",
+    "lottery",
     "masked_patches",
     "mean_teacher",
     "pretext",

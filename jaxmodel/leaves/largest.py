@@ -8,33 +8,40 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
 
-def largest(scores: Float[Array, "... n"], count: int | Array) -> Bool[Array, "... n"]:
-    """Mark the `count` largest scores along the last axis; of equal ones the first.
+def largest(scores: Float[Array, "..."], count: int | Array, axes: int = 1) -> Bool[Array, "..."]:
+    """Mark the `count` largest scores; of equal ones the first.
 
     The threshold is found bit by bit, in 32 passes that only count.
 
     Args:
       scores: any numbers but NaN; infinities are allowed.
-      count: how many; if it is an array, it has the axes in front of the last one, or none.
+      count: how many; if it is an array, it has the axes in front of the last ones, or none.
+      axes: 1: along the last axis; 2: among all of the last two.
 
     >>> largest(jnp.array([1.0, -3.0, 2.0, 1.0]), 2).tolist()
     [True, False, True, False]
+    >>> largest(jnp.array([[1.0, 3.0], [2.0, 1.0]]), 3, axes=2).tolist()
+    [[True, True], [True, False]]
     """
     order = ordered(scores)
-    count = jnp.asarray(count, jnp.int32)
-    count = count[..., None] if count.ndim else count
-    counted = lambda marked: jnp.sum(marked, axis=-1, keepdims=True, dtype=jnp.int32)
+    last = tuple(range(-axes, 0))
+    count = jnp.expand_dims(jnp.asarray(count, jnp.int32), last)
+    count = count if count.ndim == order.ndim else count.reshape((1,) * order.ndim)
+    counted = lambda marked: jnp.sum(marked, axis=last, keepdims=True, dtype=jnp.int32)
 
     def refine(i: Array, threshold: Array) -> Array:
         higher = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
         return jnp.where(counted(order >= higher) >= count, higher, threshold)
 
-    start = jnp.zeros((*order.shape[:-1], 1), jnp.uint32)
+    start = jnp.zeros((*order.shape[:-axes], *(1,) * axes), jnp.uint32)
     threshold = jax.lax.fori_loop(0, 32, refine, start)
     above = order > threshold
     equal = order == threshold
-    room = count - counted(above)
-    return above | (equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= room))
+    place = jnp.cumsum(equal, axis=-1, dtype=jnp.int32)
+    if axes == 2:  # not as one long row, which rows on several devices are not
+        rows = place[..., -1:]
+        place = place + jnp.cumsum(rows, axis=-2, dtype=jnp.int32) - rows
+    return above | (equal & (place <= count - counted(above)))
 
 
 def ordered(scores: Float[Array, "..."]) -> UInt32[Array, "..."]:

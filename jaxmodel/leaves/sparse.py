@@ -220,11 +220,12 @@ def _store(
 
 def gather_kept(weight: jax.Array, keep: Bool[Array, "... out in"], n: int) -> jax.Array:
     """Move the kept elements of each row to its start, zeros behind: the inverse of `_scatter`."""
-    width = weight.shape[-1]
     # n is outside and dropped
     place = jnp.where(keep, jnp.cumsum(keep, axis=-1, dtype=jnp.int32) - 1, n)
-    row = jax.vmap(lambda w, p: jnp.zeros(n, w.dtype).at[p].set(w, mode="drop"))
-    return row(weight.reshape(-1, width), place.reshape(-1, width)).reshape(*weight.shape[:-1], n)
+    row = lambda w, p: jnp.zeros(n, w.dtype).at[p].set(w, mode="drop")
+    for _ in weight.shape[:-1]:  # not as one axis of rows, which rows on several devices are not
+        row = jax.vmap(row)
+    return row(weight, place)
 
 
 def _scatter(keep: Bool[Array, "... out in"], values: jax.Array) -> jax.Array:

@@ -19,11 +19,13 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from jaxmodel import ops, sharding, train, tree
+from jaxmodel import compress, ops, optim, plan, sharding, train, tree
+from jaxmodel.compress.draft import _stored, draft_of
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import QTensor, Sparse, decode
 from jaxmodel.models import families
 from jaxmodel.train.state import init_state, state_shardings
+from tests.contracts import test_chains
 from tests.contracts.conftest import LINES_OF_PAGE
 
 MESH = "fsdp=4,tensor=2"
@@ -459,7 +461,85 @@ def check_a_mistyped_axis_is_refused() -> None:
     ].sharding.shard_shape((8, 8)) == (8, 1)
 
 
+BY_ROWS = (
+    "magnitude(0.5)",
+    "magnitude(0.4, scope='leaf')",
+    "magnitude(pattern=(2, 4))",
+    "wanda(0.5)",
+    "rtn(4)",
+    "gptq(4)",
+    "sparsegpt(0.5)",
+    "wanda(0.5) | gptq(4)",
+)
+"""Chains whose rows meet in counts at most, so that no device sends its weights."""
+
+
+def check_chains_by_rows() -> None:
+    """The same leaves on 1, 2, 4 and 8 devices, and no weights sent, by the compiled program."""
+    stats = {**test_chains.STATS}
+    for text in BY_ROWS:
+        chain = compress.parse(text)
+        want = None
+        for count in (1, 2, 4, 8) if text == BY_ROWS[-1] else (1, 8):
+            mesh = sharding.make_mesh(f"fsdp={count}", jax.devices()[:count])
+            everywhere = lambda tree, mesh=mesh: jax.device_put(tree, NamedSharding(mesh, P()))
+            rows = jax.device_put(test_chains.WEIGHT, NamedSharding(mesh, P(None, "fsdp")))
+            args = rows, everywhere(stats), everywhere(test_chains.KEYS)
+            program = draft_of.lower(chain, *args).compile()
+            draft = program(*args)
+            kept = (
+                draft.kept or int(jnp.max(jnp.sum(draft.keep, -1)))
+                if draft.keep is not None
+                else None
+            )
+            storing = _stored.lower(draft, kept).compile()
+            sent = [one for p in (program, storing) for one in plan.collectives(p)]
+            weights = rows[0].nbytes // count
+            big = [one for one in sent if one.bytes >= weights]
+            assert not big, f"{text} on {count} devices sends {big}"
+            found = jax.device_get((draft, storing(draft)))
+            want = found if want is None else want
+            chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-6)
+
+
+def check_sparse_training() -> None:
+    """Masks lie with their weights; the same connections as on one device."""
+    family = "llama"
+    alone, placed, params, inputs = build(family)
+    wrapped = {
+        "rewire": optim.rewire(optax.sgd(0.1), 0.75, grow="random", every=1),
+        "prune": optim.prune_gradually(optax.sgd(0.1), 0.5, begin=0, end=2, every=1),
+    }
+    mesh = sharding.make_mesh(MESH)
+    for optimizer in wrapped.values():
+        state = init_state(params, optimizer)
+        places = state_shardings(state, alone.rules, mesh)
+
+        def step(model, state, optimizer=optimizer):
+            grads = jax.grad(lambda p: loss(model, p, inputs)[0])(state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            return train.TrainState(state.step, state.data_step, params, opt_state)
+
+        run = jax.jit(functools.partial(step, alone))
+        spread = jax.jit(functools.partial(step, placed), out_shardings=places)
+        on_mesh = jax.device_put(state, places)
+        for _ in range(2):
+            state = run(state)
+            with jax.set_mesh(mesh):
+                on_mesh = spread(on_mesh)
+        masks = on_mesh.opt_state.masks
+        for path, mask in tree.flatten(masks).items():
+            beside = tree.flatten(on_mesh.params)[path]
+            assert mask.sharding.shard_shape(mask.shape) == beside.sharding.shard_shape(mask.shape)
+            want = np.asarray(tree.flatten(state.opt_state.masks)[path])
+            assert 0.2 < np.mean(want) < 0.8 and np.mean(np.asarray(mask) != want) < 0.01
+            assert not np.any(np.asarray(beside)[~np.asarray(mask)])
+
+
 CHECKS = (
+    check_chains_by_rows,
+    check_sparse_training,
     check_each_leaf_on_rows_and_columns,
     check_stacked_leaves_scan_on_a_mesh,
     check_moments_in_8_bits_lie_with_their_parameters,

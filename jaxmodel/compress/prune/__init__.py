@@ -4,6 +4,7 @@ from jaxmodel.compress.prune.magnitude import Magnitude, Random
 from jaxmodel.compress.prune.obs import Obs
 from jaxmodel.compress.prune.saliency import Fisher, Gradient, Movement, Snip, Taylor
 from jaxmodel.compress.prune.sparsegpt import Sparsegpt
+from jaxmodel.compress.prune.units import choose_units, mask_units, score_units
 from jaxmodel.compress.prune.wanda import Wanda
 
 __all__ = [
@@ -17,4 +18,7 @@ __all__ = [
     "Sparsegpt",
     "Taylor",
     "Wanda",
+    "choose_units",
+    "mask_units",
+    "score_units",
 ]

@@ -96,6 +96,10 @@ class Scored(Pruning):
         """The score of the lowest weight that stays, where there is a threshold."""
         return self.threshold
 
+    def at(self, lowest: float) -> Scored:
+        """Return the method with the threshold that this lowest score stands for."""
+        return dataclasses.replace(self, threshold=lowest)
+
     def step(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Draft:
         """Prune a matrix; see `Method`."""
         if self.idle:
@@ -160,7 +164,7 @@ def prune(
         kept = n - round(n * fraction)
         keep = largest(score, kept)
     else:
-        keep = largest(score.reshape(-1), out * n - round(out * n * fraction)).reshape(out, n)
+        keep = largest(score, out * n - round(out * n * fraction), axes=2)
     if block is not None:
         keep = jnp.repeat(jnp.repeat(keep, block[0], axis=0), block[1], axis=1)
         kept = None if kept is None else kept * block[1]

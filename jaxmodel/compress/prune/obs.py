@@ -59,10 +59,9 @@ class Obs(Pruning):
             kept = None
             costs = run(jnp.full(out, n, jnp.int32))[2]
             # a cheap weight behind a dear one waits for it
-            first = largest(
-                -jax.lax.cummax(costs, axis=1).reshape(-1), round(out * n * self.fraction)
-            )
-            steps = jnp.maximum(gone, jnp.sum(first.reshape(out, n), axis=-1, dtype=jnp.int32))
+            dear = jax.lax.cummax(costs, axis=1)
+            first = largest(-dear, round(out * n * self.fraction), axes=2)
+            steps = jnp.maximum(gone, jnp.sum(first, axis=-1, dtype=jnp.int32))
         weight, keep, _ = run(steps)
         if draft.grid is not None:
             weight, _ = compensate(draft.target, found.factor, draft.grid, keep)

@@ -39,6 +39,11 @@ class Gradient(Scored):
             return self.threshold
         return -self.threshold
 
+    def at(self, lowest: float) -> Scored:
+        """Return the method with the threshold that this lowest score stands for."""
+        sign = 1 if self.prune == "smallest" else -1
+        return dataclasses.replace(self, threshold=sign * lowest)
+
     def score(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Float[Array, "out in"]:
         """Return `|g|`, or its negative."""
         size = jnp.abs(stats["gradient"])

@@ -51,7 +51,7 @@ class Sparsegpt(Pruning):
                 return largest(cost.T, pattern[0]).T
             if self.scope == "row":
                 return largest(cost.T, left(columns)).T
-            return largest(cost.reshape(-1), left(columns * out)).reshape(cost.shape)
+            return largest(cost, left(columns * out), axes=2)
 
         weight, keep = compensate(draft.target, found.factor, draft.grid, draft.keep, choose, every)
         if self.sweeps:
