@@ -42,6 +42,18 @@ _FOLDER_HELP = (
 )
 _OUT = arg(metavar="FOLDER", help=_FOLDER_HELP)
 _NONE = "(default: none)"
+_MEASURED = arg(
+    metavar="TEXT", help=f"Text on which methods that want it measure the inputs: {TEXT}."
+)
+_CALIBRATION = arg(
+    metavar="TEXT",
+    help=f"Text on which the inputs of the layers, and what is lost, are measured: {TEXT}.",
+    help_behavior_hint="(default: english_train if the recipe or --order needs one)",
+)
+_ORDER = arg(
+    help="Measure all layers of the model as it is, or each with those in front of it compressed "
+    "already, which takes a second pass and loses less."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,7 +157,18 @@ class Generate(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compress(Common):
-    """Compress a model by a recipe and save it as a bundle, which every verb takes as MODEL."""
+    """Compress a model by a recipe and save it as a bundle, which every verb takes as MODEL.
+
+    If the recipe wants to know the inputs of the layers, they are measured on a text. The last part
+    of its windows is only used to say what the compression costs.
+
+    Attributes:
+      windows: Number of windows of the text of --calibration, from its start.
+      window: Tokens in a window, at most the context length of the model.
+      seed: Seed of methods that draw.
+    """
+
+    LEAST: ClassVar = {"window": 2, "windows": 1}
 
     model: Annotated[Positional[str], _MODEL]
     recipe: Annotated[str, arg(metavar="RECIPE", help=_RECIPE)]
@@ -160,8 +183,80 @@ class Compress(Common):
             help_behavior_hint=_NONE,
         ),
     ] = ()
+    calibration: Annotated[str | None, _CALIBRATION] = None
+    order: Annotated[Literal["once", "sequential"], _ORDER] = "once"
+    windows: int = 32
+    window: int = 512
+    seed: int = 0
     out: Annotated[str, _OUT]
     adapter: Annotated[tuple[str, ...], UseAppendAction, _ADAPTER] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sensitivity(Common):
+    """Show what each layer of a model costs when it alone is compressed, at each width.
+
+    The result is the change of the loss (nats a token) on a text, as a table and, where matplotlib
+    is installed, as plots/sensitivity.png in the run folder.
+
+    Attributes:
+      widths: Bits of a weight to try.
+      method: Chain of methods, with {} in the place of the width, such as 'gptq({}, group=64)'.
+      window: Tokens in the windows that texts are cut into; at most the context length of the
+        model.
+      max_windows: Number of windows to score, from the start of the text.
+      windows: Number of windows of the text of --calibration.
+      seed: Seed of the bootstrap intervals.
+    """
+
+    LEAST: ClassVar = {"window": 2, "max_windows": 1, "windows": 1}
+
+    model: Annotated[Positional[str], _MODEL]
+    widths: tuple[int, ...] = (2, 3, 4)
+    method: Annotated[str, arg(metavar="CHAIN")] = "rtn({})"
+    data: Annotated[str, _SCORED] = "english"
+    window: int = 512
+    max_windows: int = 4
+    calibration: Annotated[str, _MEASURED] = "english_train"
+    windows: int = 32
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare(Common):
+    """Compare a model with other bundles, and with what recipes make of it, in one table.
+
+    Bytes, bits a weight and the loss on a text, its change with an interval; where matplotlib is
+    installed also plots/size.png in the run folder.
+
+    Attributes:
+      window: Tokens in the windows that texts are cut into; at most the context length of the
+        model.
+      max_windows: Number of windows to score, from the start of the text.
+      speed: Also measure how fast each reads and writes.
+      windows: Number of windows of the text of --calibration.
+      seed: Seed of the bootstrap intervals.
+    """
+
+    LEAST: ClassVar = {"window": 2, "max_windows": 1, "windows": 1}
+
+    model: Annotated[Positional[str], _MODEL]
+    versions: Annotated[
+        tuple[str, ...],
+        arg(
+            metavar="VERSION",
+            help="Recipes to apply to the model (names, chains of methods or files), and other "
+            "models with the same tokens. They may also stand behind the model, without "
+            "--versions.",
+        ),
+    ]
+    data: Annotated[str, _SCORED] = "english"
+    window: int = 512
+    max_windows: int = 16
+    speed: bool = False
+    calibration: Annotated[str, _MEASURED] = "english_train"
+    windows: int = 32
+    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,6 +340,8 @@ VERBS: dict[str, type] = {
     "generate": Generate,
     "eval": Eval,
     "compress": Compress,
+    "sensitivity": Sensitivity,
+    "compare": Compare,
     "merge": Merge,
     "models": Models,
     "summary": Summary,
@@ -279,6 +376,7 @@ def check(options: Any) -> None:
 __all__ = [
     "VERBS",
     "Common",
+    "Compare",
     "Completion",
     "Compress",
     "Demo",
@@ -291,6 +389,7 @@ __all__ = [
     "Replay",
     "Rerun",
     "Resume",
+    "Sensitivity",
     "Summary",
     "Train",
     "check",

@@ -14,13 +14,16 @@ from typing import Any
 from jaxmodel.errors import InputError
 
 READS = {
-    **dict.fromkeys(("data", "heldout", "input", "system", "tools", "documents"), ""),
+    **dict.fromkeys(
+        ("data", "calibration", "heldout", "input", "system", "tools", "documents"), ""
+    ),
     "recipe": ".yaml",
 }
 """Options that read a file, which may be standard input -> the ending of its name."""
 PATHS = {
     *READS,
     *("model", "init", "name", "folder", "config", "adapter", "out", "runs", "json", "checkpoints"),
+    "versions",
 }
 """Options whose values are, or may be, paths."""
 MOST_BYTES = 2**30

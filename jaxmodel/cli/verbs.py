@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxmodel.cli.options import Compress, Eval, Generate, Merge
+from jaxmodel.cli.options import Eval, Generate, Merge
 from jaxmodel.errors import InputError
 from jaxmodel.limits import limits
 from jaxmodel.progress import step
@@ -50,10 +48,13 @@ def find(name: str) -> Verb:
         return Verb(
             getattr(inspect, name), getattr(inspect, f"show_{name}"), keeps=name == "predict"
         )
+    if name in ("compress", "sensitivity", "compare"):
+        from jaxmodel.cli import compression
+
+        return Verb(getattr(compression, f"run_{name}"), getattr(compression, f"show_{name}"))
     return {
         "eval": Verb(_eval, _show_eval),
         "generate": Verb(_generate, _show_generate),
-        "compress": Verb(_compress, _show_compress),
         "merge": Verb(_merge, _show_merge),
     }[name]
 
@@ -195,87 +196,6 @@ def _show_generate(result: dict[str, Any], console: Any) -> None:
         Text(
             f"{len(result['ids'])} tokens, {speed}, ended by {result['finish_reason']}", style="dim"
         )
-    )
-
-
-# ----------------------------------------------------------------------------------------- compress
-
-
-def _compress(options: Compress, folder: Any) -> dict[str, Any]:
-    from pathlib import Path
-
-    from jaxmodel import compress, hub
-    from jaxmodel.cli import resolved
-    from jaxmodel.hub.bundle import check_target
-
-    recipe = _recipe(options)
-    check_target(options.out)
-    bundle = hub.from_pretrained(options.model, adapters=options.adapter)
-    smaller, done = compress.compress_bundle(bundle, recipe)
-    folder.resolve(model=resolved.of_model(smaller.model), recipe=recipe.texts())
-    with step("save"):
-        smaller.save_pretrained(options.out)
-    file_bytes = sum(f.stat().st_size for f in Path(options.out).glob("*.safetensors"))
-    return {
-        **dataclasses.asdict(done),
-        "file_bytes": file_bytes,
-        "recipe": options.recipe,
-        "out": options.out,
-    }
-
-
-def _recipe(options: Compress) -> Any:
-    """Return the recipe that is named or read, behind the exceptions from it.
-
-    Raises:
-      InputError: an exception that is not of the form PATTERN=CHAIN, or what is wrong with the
-        recipe.
-    """
-    from pathlib import Path
-
-    from jaxmodel import compress
-    from jaxmodel.compress.recipe_file import SUFFIXES
-
-    given = options.recipe
-    in_file = (
-        given.lower().endswith(SUFFIXES) or Path(given, "jaxmodel.json").expanduser().is_file()
-    )
-    recipe = (
-        compress.read_recipe(given)
-        if given not in compress.RECIPES and in_file
-        else compress.get_recipe(given)
-    )
-    try:
-        exceptions = [_exception(rule) for rule in options.rule]
-        return dataclasses.replace(recipe, rules=(*exceptions, *recipe.rules))
-    except InputError as error:
-        raise InputError(f"--rule: {str(error).removeprefix('recipe: ')}") from None
-
-
-def _exception(rule: str) -> tuple[str, str]:
-    """Return pattern and chain, split at the first `=` that follows a regular expression."""
-    for sign in re.finditer("=", rule):
-        with contextlib.suppress(re.error):
-            re.compile(rule[: sign.start()])
-            if sign.start():
-                return rule[: sign.start()], rule[sign.end() :]
-    raise InputError(f"{rule!r} given; allowed: PATTERN=CHAIN, such as 'head=rtn(bits=8)'")
-
-
-def _show_compress(result: dict[str, Any], console: Any) -> None:
-    from jaxmodel import report
-    from jaxmodel.compress.report import columns
-    from jaxmodel.report.table import size, text
-
-    report.print_table(
-        result["leaves"],
-        columns(result["leaves"]),
-        f"{result['recipe']} -> {text(result['out'])}",
-        console,
-    )
-    console.print(
-        f"{size(result['bytes_before'])} -> {size(result['bytes_after'])}, "
-        f"{result['bits_per_weight']:.3f} bits a weight, file {size(result['file_bytes'])}"
     )
 
 

@@ -19,7 +19,7 @@ from tyro.conf import Positional, UseAppendAction
 
 from jaxmodel import moved
 from jaxmodel.cli.groups import BOX_OF, BOXES
-from jaxmodel.cli.options import VERBS, Generate, Launch, Predict, Train
+from jaxmodel.cli.options import VERBS, Compare, Generate, Launch, Predict, Train
 from jaxmodel.cli.paths import at_home
 from jaxmodel.cli.train_options import CHANGEABLE
 from jaxmodel.errors import InputError, nearest, unknown
@@ -40,7 +40,7 @@ _MEANT = {
 """Names of options in other programs."""
 _BOX_OF_OTHERS = {name: title for name, title in BOX_OF.items() if title != "training options"}
 """Only `train` and `resume` have training options; elsewhere a seed is for something else."""
-_BEHIND = {Generate: "prompt", Predict: "input"}
+_BEHIND = {Compare: "versions", Generate: "prompt", Predict: "input"}
 """Options whose values may also be given behind the model, without a name."""
 
 

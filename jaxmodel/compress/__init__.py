@@ -44,6 +44,7 @@ from jaxmodel.compress.recipe_file import read_recipe
 from jaxmodel.compress.recipes import RECIPES, Recipe, get_recipe
 from jaxmodel.compress.report import Report
 from jaxmodel.compress.rounds import bottom_up, gradually, prune_in_rounds
+from jaxmodel.compress.sensitivity import sensitivity
 from jaxmodel.compress.transforms import Awq, Rotate, Smooth, Transform, transformed, transforms
 from jaxmodel.compress.variants import variants
 
@@ -99,6 +100,7 @@ __all__ = [
     "prune_in_rounds",
     "read_recipe",
     "score_units",
+    "sensitivity",
     "store_ranges",
     "transformed",
     "transforms",

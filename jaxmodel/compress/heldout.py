@@ -19,6 +19,9 @@ from jaxmodel.models import Model
 from jaxmodel.models.model import Inputs
 from jaxmodel.sharding import auto_axes
 
+BLOCK = 32
+"""Neighbouring predictions that are resampled together, for intervals."""
+
 
 def hold_out(batches: Iterable[Inputs], part: float) -> tuple[list[Inputs], list[Inputs]]:
     """Return the batches to learn from, and the last ones, to judge by.
@@ -82,8 +85,8 @@ def losses_of(
 
     Returns:
       `before`, `after` and `change`, each with its mean and 95 % interval over blocks of tokens (or
-      over batches; None for one), and the number of predictions. None if there are no batches, or
-      they hold nothing that a loss compares with.
+      over batches; None for a single one), and the number of predictions. None if there are no
+      batches, or they hold nothing that a loss compares with.
     """
     if not held:
         return None
@@ -105,12 +108,13 @@ def losses_of(
             return None
     before, after = found
     each = {"before": before, "after": after, "change": after - before}
-    some = before.size > 1
+    rows, width = before.shape
+    some = rows * max(1, width // BLOCK) > 1
     return {
         **{
             name: {
                 "mean": float(np.mean(values, dtype=np.float64)),
-                "interval": list(bootstrap(values)) if some else None,
+                "interval": list(bootstrap(values, block=BLOCK)) if some else None,
             }
             for name, values in each.items()
         },

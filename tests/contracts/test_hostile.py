@@ -228,6 +228,15 @@ CALLS: dict[str, tuple[Given, Callable[[Any], Any]]] = {
         TEXT,
         lambda params: compress.observe_gradients(MODEL, params, [jnp.asarray(TOKENS)], ".*/up"),
     ),
+    "compress.sensitivity": (
+        TEXT,
+        lambda params: compress.sensitivity(
+            MODEL,
+            params,
+            {"2": lambda: compress.apply(some(".*/mlp/up", "rtn(2)", ()), params)[0]},
+            TOKENS,
+        ),
+    ),
     "compress.variants": (
         TEXT,
         lambda params: compress.variants(bundle(params), ["bf16"])["bf16"]().params,

@@ -1,0 +1,302 @@
+"""`jaxmodel compress`, `sensitivity` and `compare`: make a model smaller, and what that costs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxmodel import compress, data, evaluate, hub, report
+from jaxmodel.cli import resolved
+from jaxmodel.cli.options import Compare, Compress, Sensitivity
+from jaxmodel.compress.apply import needs_of
+from jaxmodel.compress.recipe_file import SUFFIXES
+from jaxmodel.compress.recipes import ByRole
+from jaxmodel.compress.report import columns, said
+from jaxmodel.compress.sensitivity import COLUMNS, draw
+from jaxmodel.data.text import Text
+from jaxmodel.errors import InputError
+from jaxmodel.evaluate.compare import COLUMNS as VERSIONS
+from jaxmodel.hub.bundle import check_target
+from jaxmodel.progress import step
+from jaxmodel.report import plot
+from jaxmodel.report.table import size, text
+
+BY_DEFAULT = "english_train"
+"""The text that statistics are of if none is given."""
+BATCH = 4
+"""The most windows that run at once."""
+
+# ----------------------------------------------------------------------------------------- compress
+
+
+def run_compress(options: Compress, folder: Any) -> dict[str, Any]:
+    """Compress a model, on a text if that is asked for or needed, and save it."""
+    recipe = _recipe(options.recipe, options.rule)
+    check_target(options.out)
+    source = options.calibration
+    if source is None and (wants(recipe) or options.order == "sequential"):
+        source = BY_DEFAULT
+    given = None if source is None else data.load_text(source)
+    bundle = hub.from_pretrained(options.model, adapters=options.adapter)
+    batches = None if given is None else _batches(bundle, given, options)
+    if given is not None:
+        folder.resolve(calibration=resolved.of_text(given))
+    smaller, done = compress.compress_bundle(
+        bundle,
+        recipe,
+        batches=batches,
+        order=options.order,
+        key=_key(options.seed),
+        on_row=lambda row: folder.log(**row),
+    )
+    folder.resolve(model=resolved.of_model(smaller.model), recipe=recipe.texts())
+    with step("save"):
+        smaller.save_pretrained(options.out)
+    _save_plot(folder, "errors", done.plot)
+    result = dataclasses.asdict(done)
+    if given is not None:
+        told = {"text": resolved.of_text(given), "seed": options.seed}
+        result["protocol"] = {**result["protocol"], **told}
+    return {
+        **result,
+        "file_bytes": sum(f.stat().st_size for f in Path(options.out).glob("*.safetensors")),
+        "recipe": options.recipe,
+        "out": options.out,
+    }
+
+
+def show_compress(result: dict[str, Any], console: Any) -> None:
+    """Print the leaves, and what became of the whole."""
+    title = f"{result['recipe']} -> {text(result['out'])}"
+    report.print_table(result["leaves"], columns(result["leaves"]), title, console)
+    console.print(
+        f"{size(result['bytes_before'])} -> {size(result['bytes_after'])}, "
+        f"{result['bits_per_weight']:.3f} bits a weight, file {size(result['file_bytes'])}"
+    )
+    if result["protocol"]:
+        told = result["protocol"]
+        console.print(
+            f"measured on {told['tokens']:,} tokens of {told['text']['origin']}, {told['order']}; "
+            f"judged on {told['held_out_tokens']:,} others",
+            markup=False,
+        )
+    if result["loss"]:
+        console.print(f"loss on those: {said(result['loss'])}", markup=False)
+
+
+def wants(recipe: compress.Recipe) -> bool:
+    """Return whether a transform or a method of a recipe wants statistics."""
+    chains = [
+        chain
+        for _, value in recipe.rules
+        for chain in ((value.matrices, value.tables) if isinstance(value, ByRole) else (value,))
+    ]
+    return any(map(needs_of, chains)) or any(one.needs for one in recipe.transforms)
+
+
+def _batches(bundle: hub.Bundle, given: Text, options: Any) -> list[dict[str, Any]]:
+    """Cut a text into batches of windows, as inputs of a model."""
+    import jax.numpy as jnp
+
+    names = bundle.model.inputs(1, 2)
+    if "tokens" not in names or {"source", "pixels"} & set(names):
+        raise InputError(
+            f"--calibration: a model that reads {', '.join(names)}; allowed: a model of texts; "
+            "compress.compress_bundle takes batches of any inputs"
+        )
+    context = getattr(bundle.model.config, "context", options.window)
+    if options.window > context:
+        raise InputError(
+            f"--window: {options.window} given; allowed: at most the model's context of {context}"
+        )
+    windows, _ = resolved.windows(
+        given,
+        hub.need_processor(bundle),
+        options.window,
+        options="--calibration, --window",
+        limit=options.windows,
+    )
+    rows = max(1, min(BATCH, len(windows) // 8))
+    whole = len(windows) // rows * rows
+    cut = [jnp.asarray(windows[i : i + rows]) for i in range(0, whole, rows)]
+    others = {name: of.dtype for name, of in names.items() if name != "tokens"}
+    return [
+        {"tokens": one, **{name: jnp.zeros(one.shape, kind) for name, kind in others.items()}}
+        for one in cut
+    ]
+
+
+def _key(seed: int) -> Any:
+    import jax
+
+    return jax.random.key(seed)
+
+
+def _save_plot(folder: Any, name: str, draw: Callable[[str], bytes]) -> None:
+    """Save a plot where matplotlib is installed and there is something to draw."""
+    with contextlib.suppress(InputError):
+        folder.save_bytes(f"plots/{name}.png", draw("png"))
+
+
+def _recipe(given: str, rules: tuple[str, ...] = ()) -> compress.Recipe:
+    """Return the recipe that is named or read, behind the exceptions from it.
+
+    Raises:
+      InputError: an exception that is not of the form PATTERN=CHAIN, or what is wrong with the
+        recipe.
+    """
+    in_file = (
+        given.lower().endswith(SUFFIXES) or Path(given, "jaxmodel.json").expanduser().is_file()
+    )
+    recipe = (
+        compress.read_recipe(given)
+        if given not in compress.RECIPES and in_file
+        else compress.get_recipe(given)
+    )
+    try:
+        exceptions = [_exception(rule) for rule in rules]
+        return dataclasses.replace(recipe, rules=(*exceptions, *recipe.rules))
+    except InputError as error:
+        raise InputError(f"--rule: {str(error).removeprefix('recipe: ')}") from None
+
+
+def _exception(rule: str) -> tuple[str, str]:
+    """Return pattern and chain, split at the first `=` that follows a regular expression."""
+    for sign in re.finditer("=", rule):
+        with contextlib.suppress(re.error):
+            re.compile(rule[: sign.start()])
+            if sign.start():
+                return rule[: sign.start()], rule[sign.end() :]
+    raise InputError(f"{rule!r} given; allowed: PATTERN=CHAIN, such as 'head=rtn(bits=8)'")
+
+
+# -------------------------------------------------------------------------------------- sensitivity
+
+
+def run_sensitivity(options: Sensitivity, folder: Any) -> dict[str, Any]:
+    """Measure what each layer costs at each width."""
+    if "{}" not in options.method:
+        raise InputError(
+            f"--method: {options.method!r} given; allowed: a chain with {{}} where the width "
+            "stands, such as 'rtn({}, group=64)'"
+        )
+    recipes = {
+        f"{bits} bits": compress.get_recipe(options.method.replace("{}", str(bits)))
+        for bits in options.widths
+    }
+    scored = data.load_text(options.data)
+    bundle = hub.from_pretrained(options.model)
+    windows, _ = resolved.windows(
+        scored,
+        hub.need_processor(bundle),
+        options.window,
+        options="--data, --window",
+        limit=options.max_windows,
+    )
+    folder.resolve(model=resolved.of_model(bundle.model), data=resolved.of_text(scored))
+
+    def make(recipe: compress.Recipe) -> Callable[[], Any]:
+        def made() -> Any:
+            batches = None
+            if wants(recipe):
+                batches = _batches(bundle, data.load_text(options.calibration), options)
+            return compress.compress_bundle(bundle, recipe, batches=batches)[0].params
+
+        return made
+
+    rows = compress.sensitivity(
+        bundle.model,
+        bundle.params,
+        {name: make(recipe) for name, recipe in recipes.items()},
+        windows,
+        seed=options.seed,
+        on_row=lambda row: folder.log(**row),
+    )
+    _save_plot(folder, "sensitivity", lambda fmt: draw(rows, fmt))
+    return {
+        "rows": list(rows),
+        "model": options.model,
+        "method": options.method,
+        "data": resolved.of_text(scored),
+        "predictions": int(windows.shape[0] * (windows.shape[1] - 1)),
+    }
+
+
+def show_sensitivity(result: dict[str, Any], console: Any) -> None:
+    """Print a line for each layer and width."""
+    title = (
+        f"{result['model']} on {result['data']['origin']}, {result['predictions']:,} predictions"
+    )
+    report.print_table(result["rows"], COLUMNS, title, console)
+
+
+# ------------------------------------------------------------------------------------------ compare
+
+
+def run_compare(options: Compare, folder: Any) -> dict[str, Any]:
+    """Score a model beside others: bundles, and what recipes make of it."""
+    scored = data.load_text(options.data)
+    bundle = hub.from_pretrained(options.model)
+    windows, _ = resolved.windows(
+        scored,
+        hub.need_processor(bundle),
+        options.window,
+        options="--data, --window",
+        limit=options.max_windows,
+    )
+    made = {name: _version(bundle, name, options) for name in options.versions}
+    if options.model in made:
+        raise InputError(f"--versions: {options.model!r} is the model itself; allowed: others")
+    folder.resolve(model=resolved.of_model(bundle.model), data=resolved.of_text(scored))
+    rows = evaluate.compare(
+        {options.model: lambda: dataclasses.replace(bundle), **made},
+        windows,
+        speed=options.speed,
+        seed=options.seed,
+        on_row=lambda row: folder.log(**row),
+    )
+    sizes = {row["name"]: (row["file_bytes"] / 1e6, row["perplexity"]) for row in rows}
+    _save_plot(
+        folder,
+        "size",
+        lambda fmt: plot.scatter(
+            sizes, "weights on disk, MB", "perplexity", "Size and quality", fmt, True, True
+        ),
+    )
+    return {
+        "rows": list(rows),
+        "data": resolved.of_text(scored),
+        "predictions": int(windows.shape[0] * (windows.shape[1] - 1)),
+    }
+
+
+def show_compare(result: dict[str, Any], console: Any) -> None:
+    """Print a line for each version."""
+    rows = result["rows"]
+    there = [column for column in VERSIONS if any(column.key in row for row in rows)]
+    title = f"{result['data']['origin']}, {result['predictions']:,} predictions"
+    report.print_table(rows, there, title, console)
+
+
+def _version(bundle: hub.Bundle, name: str, options: Compare) -> Callable[[], hub.Bundle]:
+    """Return a function that makes what a name stands for: a recipe's result, or a bundle.
+
+    Raises:
+      InputError: a recipe that is not one.
+    """
+    is_recipe = name in compress.RECIPES or "(" in name or name.lower().endswith(SUFFIXES)
+    if not is_recipe:
+        return lambda: hub.from_pretrained(name)
+    recipe = _recipe(name)
+
+    def made() -> hub.Bundle:
+        batches = None
+        if wants(recipe):
+            batches = _batches(bundle, data.load_text(options.calibration), options)
+        return compress.compress_bundle(bundle, recipe, batches=batches)[0]
+
+    return made
