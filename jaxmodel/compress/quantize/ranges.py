@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import math
 from typing import Annotated, Any
 
 import jax
@@ -184,7 +183,7 @@ class Huber(Search):
       delta: where "large" begins, as a fraction of the root mean square of the group.
     """
 
-    delta: Positive = 0.3
+    delta: Positive = 1.0
 
     def cost(self, groups: Groups, grid: Grid) -> Float[Array, "out groups"]:
         """Return what a grid costs."""
@@ -230,35 +229,48 @@ class Gibbs(Search):
 
 
 @dataclasses.dataclass(frozen=True)
-class Histogram(Search):
+class Histogram(RangeRule):
     """The range that loses the least information: that of the least Kullback-Leibler divergence.
 
-    Between the histogram of the weights (of their sizes, if the grid is symmetric) and the one in
-    which all bins that are rounded to the same value are level (after Migacz, 2017).
+    Between the histogram of the matrix (of weights relative to the range of their group; of their
+    sizes, if the grid is symmetric) and the one in which all bins that are rounded to the same
+    value are level (after Migacz, 2017). All groups get the same share of their own range, since
+    the weights of one are too few for a histogram.
 
     Attributes:
-      bins: of the histogram of a group.
+      bins: of the histogram.
     """
 
-    bins: Count = 128
+    bins: Count = 1024
 
-    def cost(self, groups: Groups, grid: Grid) -> Float[Array, "out groups"]:
-        """Return what a grid costs."""
+    def choose(self, groups: Groups) -> Grid:
+        """Return the grid of each group."""
         low, high = groups.widest()
         low = jnp.zeros_like(high) if groups.symmetric else low
+        size = jnp.maximum(high - low, 1e-30)
         values = jnp.abs(groups.values) if groups.symmetric else groups.values
-        width = jnp.maximum(high - low, 1e-30)[..., None] / self.bins
-        index = jnp.floor((values - low[..., None]) / width).astype(jnp.int32)
-        counts = _sums(jnp.clip(index, 0, self.bins - 1), groups.counts, self.bins)
-        middle = (
-            low[..., None] + width * (jnp.arange(self.bins, dtype=jnp.float32) + 0.5)[None, None]
-        )
-        levels = codes_of(grid, middle)
+        place = jnp.floor((values - low[..., None]) / size[..., None] * self.bins)
+        place = jnp.clip(place.astype(jnp.int32), 0, self.bins - 1).reshape(-1)
+        counts = jnp.zeros(self.bins, jnp.float32).at[place].add(groups.counts.reshape(-1))
         used = (counts > 0).astype(jnp.float32)
-        mass, number = (_sums(levels, array, 2**groups.bits) for array in (counts, used))
-        level = jnp.take_along_axis(mass / jnp.maximum(number, 1.0), levels, axis=-1)
-        ratio = jnp.where(counts > 0, counts / jnp.maximum(level, 1e-30), 1.0)
-        return jnp.sum(counts * jnp.log(ratio), axis=-1)
+        middle = (jnp.arange(self.bins, dtype=jnp.float32) + 0.5) / self.bins
+        top = 2 ** (groups.bits - 1) - 1 if groups.symmetric else 2**groups.bits - 1
+
+        def divergence(factor: Array) -> Array:
+            start = 0.0 if groups.symmetric else (1 - factor) / 2
+            levels = jnp.clip(jnp.round((middle - start) / factor * top), 0, top).astype(jnp.int32)
+            mass, number = (
+                jnp.zeros(top + 1, jnp.float32).at[levels].add(array) for array in (counts, used)
+            )
+            level = (mass / jnp.maximum(number, 1.0))[levels]
+            return jnp.sum(counts * jnp.log(jnp.where(used > 0, counts / level, 1.0)))
+
+        factors = jnp.linspace(1.0, 1 / 3, SHRINKS)
+        factor = factors[jnp.argmin(jax.lax.map(divergence, factors))]
+        if groups.symmetric:
+            return groups.grid(-high * factor, high * factor)
+        off = (1 - factor) / 2 * size
+        return groups.grid(low + off, high - off)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,17 +328,6 @@ def codes_of(grid: Grid, values: Float[Array, "out groups n"]) -> Int[Array, "ou
     """Return the codes of values, any number of which belong to each group of a grid."""
     inner = dataclasses.replace(grid, group=values.shape[-1])
     return inner.nearest(values.reshape(values.shape[0], -1)).reshape(values.shape)
-
-
-def _sums(
-    index: Array, of: Float[Array, "out groups size"], length: int
-) -> Float[Array, "out groups length"]:
-    """Add up, for each group, what has the same index."""
-    lead = index.shape[:2]
-    of = jnp.broadcast_to(of, index.shape)
-    place = jnp.arange(math.prod(lead), dtype=jnp.int32).reshape(*lead, 1) * length + index
-    flat = jnp.zeros(math.prod(lead) * length, jnp.float32)
-    return flat.at[place.reshape(-1)].add(of.reshape(-1)).reshape(*lead, length)
 
 
 def quantile(
