@@ -153,8 +153,9 @@ def compress_leaf(
     check_leaf(path, leaf, chain)
     fallback = ""
     used: Mapping[str, jax.Array] = {}
-    wanted = (*needs_of(chain), "count") if chain and stats else ()
-    if own := {name: stats[name] for name in wanted if name in stats}:
+    given = stats or {}
+    wanted = (*needs_of(chain), "count") if chain else ()
+    if own := {name: given[name] for name in wanted if name in given}:
         used, fallback = usable(own)
     after, notes = run_chain(chain, leaf, used, keys_of(path, leaf.shape[:-2], key), path)
     fallback = fallback if needs_of(chain) else ""
