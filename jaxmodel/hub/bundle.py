@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import json
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxmodel import axes, layers, moved, schema, tree
+from jaxmodel import axes, moved, schema, tree
 from jaxmodel.adapt.adapters import split_adapters
 from jaxmodel.errors import InputError, require
 from jaxmodel.hub import (
@@ -42,11 +42,11 @@ from jaxmodel.hub import (
 from jaxmodel.hub.assemble import assemble, settle
 from jaxmodel.hub.families import OWN, family_of, family_of_kind
 from jaxmodel.hub.names import Family, Name, check_fields, find, layer_shapes, to_file
+from jaxmodel.hub.running import running
 from jaxmodel.hub.saving import check_target, replacing
 from jaxmodel.hub.weights import WEIGHTS, check_depth, count_tensors, open_folder
 from jaxmodel.leaves.fields import digest
 from jaxmodel.leaves.leaf import to_tensors
-from jaxmodel.leaves.sparse import expand
 from jaxmodel.models import Model
 from jaxmodel.models.contents import outline
 from jaxmodel.models.foreign import Foreign
@@ -71,12 +71,15 @@ class Bundle:
         the image processor, or None.
       card: metadata: name, source, training data, compression report; names of classes that are not
         in the config; `special_ids` of a folder without a tokenizer.
+      memory: how `for_inference` holds the weights, and so how the bundle generates and is
+        measured: "fast", or "packed" in no more bytes than `params`.
     """
 
     model: Model
     params: tree.Params = dataclasses.field(repr=False)
     processor: tokenizers.Tokenizer | images.ImageProcessor | None = None
     card: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    memory: str = "fast"
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -105,20 +108,28 @@ class Bundle:
         """
         return save(self, folder)
 
-    def for_inference(self) -> tree.Params:
-        """Return the params in the form that runs fastest.
+    def for_inference(self, memory: str | None = None) -> tree.Params:
+        """Return the params in the form that runs fastest on this machine.
 
-        Sparse leaves are expanded, and maps of the same input are fused. The result is made once
-        for each bundle and kept as long as the bundle, beside `params`. Params that are in this
-        form already are not copied, so `dataclasses.replace(bundle, params=bundle.for_inference())`
-        is a bundle that holds only what runs.
+        Sparse leaves are expanded, maps of the same input are fused, and on a CPU codes of few bits
+        get a layout that unpacks fast (`jaxmodel.hub.running` has the table, with measurements);
+        `models.summary(bundle.model, bundle.for_inference())` shows the form of each leaf. The
+        result is made once for each bundle and kept as long as the bundle, beside `params`. Params
+        that are in this form already are not copied, so `dataclasses.replace(bundle,
+        params=bundle.for_inference())` is a bundle that holds only what runs.
+
+        Args:
+          memory: "fast", or "packed" for the fastest form that takes no more bytes than the stored
+            one; None for the bundle's own `memory`.
+
+        Raises:
+          InputError: `memory` is another word.
         """
-        return self._running
+        return self._running(self.memory if memory is None else memory)
 
     @functools.cached_property
-    def _running(self) -> tree.Params:
-        tree.check(self.params)
-        return layers.fuse(expand(self.params), self.model.axes.fused)
+    def _running(self) -> Callable[[str], tree.Params]:
+        return functools.cache(lambda memory: running(self.params, self.model.axes.fused, memory))
 
     def _repr_html_(self) -> str | None:
         """Return a foldable view for notebooks: card, config, and the tree by path.

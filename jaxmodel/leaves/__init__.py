@@ -4,6 +4,7 @@
 - `Sparse` holds a bitmask and the values that it keeps; the values may be a `QTensor`.
 - `BlockSparse` holds whole blocks and is multiplied without being decoded.
 - `Codebook` holds codes that point into a table of values.
+- `RowPacked` holds codes of 1, 2 or 4 bits in the layout in which they run.
 - `Turned` is a leaf of any kind whose input is scaled or rotated.
 - `Adapted` is a leaf of any kind with a low-rank adapter beside it.
 
@@ -17,6 +18,7 @@ from jaxmodel.leaves.block_sparse import BlockSparse, largest_blocks
 from jaxmodel.leaves.codebook import Codebook
 from jaxmodel.leaves.leaf import Compressed, decode
 from jaxmodel.leaves.qtensor import QTensor
+from jaxmodel.leaves.row_packed import RowPacked
 from jaxmodel.leaves.sparse import Sparse
 from jaxmodel.leaves.turned import Turned
 
@@ -26,6 +28,7 @@ __all__ = [
     "Codebook",
     "Compressed",
     "QTensor",
+    "RowPacked",
     "Sparse",
     "Turned",
     "decode",

@@ -20,7 +20,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxmodel.errors import InputError
-from jaxmodel.leaves import Adapted, BlockSparse, Compressed, QTensor, Sparse, Turned, decode
+from jaxmodel.leaves import (
+    Adapted,
+    BlockSparse,
+    Compressed,
+    QTensor,
+    RowPacked,
+    Sparse,
+    Turned,
+    decode,
+)
 from jaxmodel.leaves.qtensor import FLOATS
 from jaxmodel.ops.block_sparse import beside, block_product
 from jaxmodel.ops.norms import on_last
@@ -211,7 +220,7 @@ def _matmul(x: Float[Array, "... in"], w: Any, policy: Policy) -> Float[Array, "
         y = _matmul(x, w.weight, policy)
         zeros = {name: zero for name, zero in w.zeros.items() if name not in OF_TAKE}
         return tap(y, x, zeros, w.cap)
-    if isinstance(w, Sparse | QTensor):
+    if isinstance(w, Sparse | QTensor | RowPacked):
         return _of_codes(x, w, policy)
     if isinstance(w, Turned):
         return _matmul(w.turned(x.astype(jnp.float32)), w.base, policy)
@@ -238,7 +247,7 @@ def _matmul(x: Float[Array, "... in"], w: Any, policy: Policy) -> Float[Array, "
     jax.checkpoint, static_argnums=(2,)
 )  # the backward pass decodes again instead of keeping each layer's plain weight
 def _of_codes(
-    x: Float[Array, "... in"], w: Sparse | QTensor, policy: Policy
+    x: Float[Array, "... in"], w: Sparse | QTensor | RowPacked, policy: Policy
 ) -> Float[Array, "... out"]:
     if isinstance(w, Sparse):
         dense = w.expand()
@@ -248,6 +257,13 @@ def _of_codes(
             policy,
         )
     compute = jnp.dtype(policy.compute_dtype)
+    if isinstance(w, RowPacked):
+        x = x if w.activations is None else _rounded(x, w)
+        # A single row does not pay for rounding each weight to 16 bits (0.8x of float32 on a CPU
+        # with bfloat16 units, where float32 is 2.1x): it is computed more exactly than asked for.
+        wide = _one_row_on_cpu(x) and compute == jnp.bfloat16
+        compute = jnp.dtype(jnp.float32) if wide else compute
+        return _dot(x, decode(w, compute), compute)
     plain_codes = w.groups == 1 and w.minimum is None
     if w.activations == "int8" and plain_codes and w.form not in FLOATS:
         return _int8_matmul(x, w)
@@ -267,11 +283,7 @@ def _dot(x: Array, w: Array, compute: Any, out: Any = jnp.float32) -> Array:
     # On a mesh the axes are not merged: rows and positions that are both split would have to be
     # gathered to become one axis.
     rows = x if auto_axes() else x.reshape(-1, x.shape[-1])
-    single = (
-        x.size == x.shape[-1]
-        and (codes or compute != jnp.float32)
-        and jax.default_backend() == "cpu"
-    )
+    single = (codes or compute != jnp.float32) and _one_row_on_cpu(x)
     if single:
         rows = jnp.broadcast_to(x.reshape(1, -1), (2, x.shape[-1]))
     if codes:
@@ -282,6 +294,10 @@ def _dot(x: Array, w: Array, compute: Any, out: Any = jnp.float32) -> Array:
         lead = "abcdefgh"[: rows.ndim - 1]
         y = product(f"{lead}i,oi->{lead}o", rows, w, compute, out)
     return (y[:1] if single else y).reshape(*x.shape[:-1], w.shape[0])
+
+
+def _one_row_on_cpu(x: Array) -> bool:
+    return x.size == x.shape[-1] and jax.default_backend() == "cpu"
 
 
 def _turned_dot(x: Float[Array, "n B"], w: Float[Array, "m n"]) -> Float[Array, "m B"]:
@@ -310,7 +326,7 @@ def quantize_rows(
     return q.astype(FLOATS[kind]) if kind in FLOATS else jnp.round(q).astype(jnp.int8), scale
 
 
-def _rounded(x: Float[Array, "... n"], w: QTensor) -> Float[Array, "... n"]:
+def _rounded(x: Float[Array, "... n"], w: QTensor | RowPacked) -> Float[Array, "... n"]:
     """Round the input as `w` says, and back; its gradient is that of the identity."""
     q, scale = quantize_rows(x, w.limit, w.activations or "int8")
     x = x.astype(jnp.float32)
@@ -342,7 +358,7 @@ def _dynamic(w: Any) -> bool:
         return w.limit is not None or _dynamic(w.base)
     return (
         w.activations is not None
-        if isinstance(w, QTensor)
+        if isinstance(w, QTensor | RowPacked)
         else isinstance(w, Sparse) and _dynamic(w.values)
     )
 
@@ -353,8 +369,11 @@ def _rows(leaf: Any, ids: Array) -> Array:
     def rows_of(a: Array) -> Array:
         return jnp.take(a, ids if a.shape[-2] > 1 else jnp.zeros_like(ids), axis=-2, mode="clip")
 
-    if isinstance(leaf, BlockSparse):
+    if isinstance(leaf, BlockSparse | RowPacked):
         return leaf.rows(ids)
+    if isinstance(leaf, Turned):
+        scale = None if leaf.scale is None else rows_of(leaf.scale)
+        return decode(dataclasses.replace(leaf, base=_rows(leaf.base, ids), scale=scale))
     if isinstance(leaf, Adapted):
         return decode(Adapted(_rows(leaf.base, ids), leaf.down, _rows(leaf.up, ids), leaf.scale))
     if isinstance(leaf, Compressed):

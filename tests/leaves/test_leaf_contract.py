@@ -21,6 +21,7 @@ from jaxmodel.leaves import (
     Codebook,
     Compressed,
     QTensor,
+    RowPacked,
     Sparse,
     Turned,
     decode,
@@ -106,6 +107,12 @@ def adapted(base: Compressed) -> Adapted:
     return Adapted(base, down, up, scale)
 
 
+def row_packed(leaf: QTensor) -> RowPacked:
+    found = RowPacked.of(leaf)
+    assert found is not None
+    return found
+
+
 LEAVES = {
     "int8 rows": qtensor(8),
     "int8 tensor": qtensor(8, scales="tensor"),
@@ -132,6 +139,9 @@ LEAVES = {
     "codebook rows padded": codebook(3, OUT, n=21),
     "codebook groups": codebook(2, 1, group=8),
     "sparse codebook": sparse(values=codebook(4, OUT, n=IN // 2)),
+    "row packed int4 groups": row_packed(qtensor(4, group=16, n=21, dtype=jnp.float16)),
+    "row packed int3": row_packed(qtensor(3, activations="int8")),
+    "row packed int2 affine": row_packed(qtensor(2, affine=True)),
     "turned": Turned(qtensor(8), 2.0 + jnp.zeros((L, 1, IN)), hadamard=12),
     "turned limit": Turned(qtensor(8), limit=jnp.ones((L, 1, 1))),
     "blocks": blocks(8),
@@ -279,7 +289,7 @@ def test_an_unknown_type_names_those_that_are_known():
     with pytest.raises(
         InputError,
         match=r"leaf type: 'QTensr' is not known; allowed: Adapted, BlockSparse, Codebook, "
-        r"QTensor, Sparse, Turned \(nearest: QTensor",
+        r"QTensor, RowPacked, Sparse, Turned \(nearest: QTensor",
     ):
         from_tensors({}, {"type": "QTensr"})
 
