@@ -45,7 +45,16 @@ from jaxmodel.compress.recipes import RECIPES, Recipe, get_recipe
 from jaxmodel.compress.report import Report
 from jaxmodel.compress.rounds import bottom_up, gradually, prune_in_rounds
 from jaxmodel.compress.sensitivity import sensitivity
-from jaxmodel.compress.transforms import Awq, Rotate, Smooth, Transform, transformed, transforms
+from jaxmodel.compress.transforms import (
+    Awq,
+    Rotate,
+    Shrink,
+    Slice,
+    Smooth,
+    Transform,
+    transformed,
+    transforms,
+)
 from jaxmodel.compress.variants import variants
 
 __all__ = [
@@ -72,6 +81,8 @@ __all__ = [
     "Report",
     "Rotate",
     "Rtn",
+    "Shrink",
+    "Slice",
     "Smooth",
     "Snip",
     "Sparsegpt",

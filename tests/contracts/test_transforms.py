@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmodel import compress, tree
+from jaxmodel import axes, compress, tree
 from jaxmodel.compress.transforms.moves import move, survey
 from jaxmodel.errors import InputError
 
@@ -84,3 +84,26 @@ def test_factors_and_rotations_change_nothing(case):
     now = jax.device_get(tree.flatten(tree.unstack(changed(case.params, factors)["moved"])))
     other = {p for p, leaf in now.items() if np.abs(leaf - np.asarray(before[p])).max() > 1e-4}
     assert other == {p for f in known.feeds for p in (*f.sources, *f.readers)}
+
+
+def test_a_shrunk_model_is_the_masked_one(cached):
+    """Units of the sets that go are zero in all leaves, or gone from all leaves."""
+    known = axes.groups(cached.model.axes, cached.params)
+    units = {
+        name: np.flatnonzero(np.arange(group.size) % 3 != 1)
+        for name, group in known.items()
+        if not group.ordered and group.letter[0] in "FKHC" and group.size > 1
+    }
+    masked = jax.tree.map(np.array, tree.flatten(cached.apart))
+    for name, keep in units.items():
+        size = known[name].size
+        gone = np.setdiff1d(np.arange(size), keep)
+        for path, axis, start, before, after in known[name].members:
+            each = np.arange(before)[:, None, None] * size + gone[None, :, None]
+            place = start + each * after + np.arange(after)[None, None]
+            masked[path][(slice(None),) * axis + (place.reshape(-1),)] = 0
+    kept = {name: jax.numpy.asarray(keep) for name, keep in units.items()}
+    smaller = axes.select(cached.model.axes, cached.params, kept)
+    assert tree.count(smaller) < 0.9 * tree.count(cached.params)
+    want = cached.apply(tree.unflatten(masked), cached.inputs)
+    assert off(cached.apply(smaller, cached.inputs), want) < 1e-5

@@ -14,6 +14,8 @@ from jaxtyping import Array, Float
 
 from jaxmodel import tree
 from jaxmodel.axes import Axes, Axis, Letters, Member, assign, groups
+from jaxmodel.compress.observe import Stats
+from jaxmodel.compress.stats import Places, stats_of
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import Compressed
 
@@ -280,3 +282,23 @@ def plain(path: str, leaf: Any) -> jax.Array:
 def product_of(axis: Axis) -> tuple[str, ...]:
     """Return the letters of an axis that is no concatenation, else none."""
     return axis[0] if len(axis) == 1 else ()
+
+
+def one_reader(known: Map, feed: Feed) -> str:
+    """Return a reader of a feed whose input is measured: one that sees all tokens, if there is."""
+    return min(feed.readers, key=lambda path: known.letters[path].role == "experts")
+
+
+def statistic(name: str, path: str, stats: Stats, where: Places) -> Array:
+    """Return a statistic of the input of a leaf.
+
+    Raises:
+      InputError: it was not measured.
+    """
+    found = stats_of(path, stats, where)
+    if found is None or name not in found:
+        raise InputError(
+            f"stats: {name!r} of the input of {path!r} was not measured; give batches to "
+            f"compress_bundle, or stats from observe(..., statistics=[{name!r}])"
+        )
+    return found[name]

@@ -30,6 +30,7 @@ from jaxmodel.models import Model
 from jaxmodel.models.reads import reads
 from jaxmodel.models.untie import untied
 from jaxmodel.schema import Count
+from jaxmodel.text_form import name_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Rotate(Transform):
         leaves = tree.flatten(tree.unstack(params))
         rotated: set[str] = set()  # leaves whose inputs are rotated without cost
         if self.stream:
-            found, weights = streams(model, params, known)
+            found, weights = streams(self, model, params, known)
             for name, group in found.items():
                 matrix = self._matrix(group.size, rng.fold(key, name), known.axes.norm_mean)
                 rotated |= turn_stream(known, leaves, group, weights, matrix)
@@ -154,7 +155,9 @@ def mean_kept(matrix: Float[Array, "m m"]) -> Float[Array, "n n"]:
     return times(times(mirror, inner), mirror)
 
 
-def streams(model: Model, params: tree.Params, known: Map) -> tuple[dict[str, Group], set[str]]:
+def streams(
+    one: Transform, model: Model, params: tree.Params, known: Map
+) -> tuple[dict[str, Group], set[str]]:
     """Return the residual streams (the sets of units called `D`) that may be rotated.
 
     Returns:
@@ -163,12 +166,13 @@ def streams(model: Model, params: tree.Params, known: Map) -> tuple[dict[str, Gr
     Raises:
       InputError: there is none, or one that may not be, with the reason.
     """
-    no = "rotate: stream=True is not allowed for this model"
+    no = f"{name_of(type(one))}: the residual stream of this model does not allow it"
+    other = "; give stream=False" if isinstance(one, Rotate) else ""
     found = {
         name: group for name, group in groups(model.axes, params).items() if group.letter[0] == "D"
     }
     if not found:
-        raise InputError(f"{no}: its axes name no residual stream D; give stream=False")
+        raise InputError(f"{no}: its axes name no residual stream D{other}")
     weights = {
         path
         for path, read in reads(model, params).items()
@@ -179,7 +183,7 @@ def streams(model: Model, params: tree.Params, known: Map) -> tuple[dict[str, Gr
         if group.ordered:
             raise InputError(
                 f"{no}: the order of {name} is fixed by more than weights (fixed positions, or "
-                "activations that are the result); give stream=False"
+                "activations that are the result){other}"
             )
         axes: dict[str, int] = {}
         for member in group.members:
@@ -187,12 +191,12 @@ def streams(model: Model, params: tree.Params, known: Map) -> tuple[dict[str, Gr
             if axes.setdefault(path, member.axis) != member.axis:
                 raise InputError(
                     f"{no}: {path!r} has {name} on both sides, so it is more than a part of the "
-                    "stream; give stream=False"
+                    "stream{other}"
                 )
             if known.letters[path].role == "measured" or path in weights - norms:
                 raise InputError(
                     f"{no}: {path!r} scales each unit of {name}, and no leaf that Axes.feeds names "
-                    "reads only what it scales; give stream=False"
+                    "reads only what it scales{other}"
                 )
     return found, weights
 

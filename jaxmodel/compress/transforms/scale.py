@@ -15,7 +15,17 @@ from jaxmodel.compress.draft import opened
 from jaxmodel.compress.observe import Stats
 from jaxmodel.compress.quantize.rtn import Rtn
 from jaxmodel.compress.stats import Places, places, stats_of
-from jaxmodel.compress.transforms.moves import Feed, Map, gathered, move, plain, spread, survey
+from jaxmodel.compress.transforms.moves import (
+    Feed,
+    Map,
+    gathered,
+    move,
+    one_reader,
+    plain,
+    spread,
+    statistic,
+    survey,
+)
 from jaxmodel.compress.transforms.transform import Transform
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import Compressed, Turned
@@ -51,7 +61,7 @@ class Smooth(Transform):
         """Return one reader of each feed, and with `online` all other matrices."""
         known = _survey(self, model, params, needed=not self.online)
         rest = _unfed(known, params) if self.online else ()
-        return frozenset((*(_measured(known, feed) for feed in known.feeds), *rest))
+        return frozenset((*(one_reader(known, feed) for feed in known.feeds), *rest))
 
     def change(
         self, model: Model, params: tree.Params, stats: Stats, key: jax.Array
@@ -105,7 +115,7 @@ class Awq(Transform):
     def inputs(self, model: Model, params: tree.Params) -> frozenset[str]:
         """Return one reader of each feed."""
         known = _survey(self, model, params)
-        return frozenset(_measured(known, feed) for feed in known.feeds)
+        return frozenset(one_reader(known, feed) for feed in known.feeds)
 
     def change(
         self, model: Model, params: tree.Params, stats: Stats, key: jax.Array
@@ -123,7 +133,7 @@ class Awq(Transform):
             middle = (log.max(axis=units, keepdims=True) + log.min(axis=units, keepdims=True)) / 2
             power = alphas.reshape(-1, *(1,) * log.ndim)
             factors = jnp.exp(power * (log - middle)[None])
-            gram = _statistic("gram", _measured(known, feed), stats, where)
+            gram = statistic("gram", one_reader(known, feed), stats, where)
             error: Any = 0.0
             for path in feed.readers:
                 if known.letters[path].role == "router":
@@ -164,11 +174,6 @@ def _errors(
     return jax.lax.map(lambda factor: run(weight, gram, factor), factors)
 
 
-def _measured(known: Map, feed: Feed) -> str:
-    """Return the reader whose input is measured: one that sees all tokens, if there is one."""
-    return min(feed.readers, key=lambda path: known.letters[path].role == "experts")
-
-
 def _survey(one: Transform, model: Model, params: tree.Params, needed: bool = True) -> Map:
     """Return what the axes say, with the feeds whose leaves are all plain.
 
@@ -205,29 +210,19 @@ def _unfed(known: Map, params: tree.Params) -> list[str]:
     ]
 
 
-def _statistic(name: str, path: str, stats: Stats, where: Places) -> Array:
-    found = stats_of(path, stats, where)
-    if found is None or name not in found:
-        raise InputError(
-            f"stats: {name!r} of the input of {path!r} was not measured; give batches to "
-            f"compress_bundle, or stats from observe(..., statistics=[{name!r}])"
-        )
-    return found[name]
-
-
 def _rms(path: str, stats: Stats, where: Places) -> Array:
     """Return the root mean square of each column of a leaf's input; 1 where nothing was seen."""
     found = stats_of(path, stats, where) or {}
     if "gram" in found:
         square = jnp.diagonal(found["gram"], axis1=-2, axis2=-1)
     else:
-        square = _statistic("square", path, stats, where)
+        square = statistic("square", path, stats, where)
     count = found["count"][..., None]
     return jnp.where(count > 0, jnp.sqrt(square / jnp.maximum(count, 1)), 1.0)
 
 
 def _sizes(known: Map, feed: Feed, stats: Stats, where: Places) -> Array:
-    path = _measured(known, feed)
+    path = one_reader(known, feed)
     return gathered(known, feed, _rms(path, stats, where), path)
 
 
