@@ -25,7 +25,7 @@ from jaxmodel.leaves.block_sparse import cut
 from jaxmodel.leaves.hadamard import turn
 from jaxmodel.leaves.leaf import register, static
 from jaxmodel.leaves.packing import pack, pad_last
-from jaxmodel.leaves.qtensor import FLOATS
+from jaxmodel.leaves.qtensor import FLOATS, TERNARY
 from jaxmodel.leaves.sparse import gather_kept
 
 type LeafStats = Mapping[str, Array]
@@ -100,7 +100,7 @@ class Grid:
             codes = jnp.where(weight < 0, -1.0, 1.0)
         else:
             top = 2 ** (self.bits - 1) - 1
-            codes = jnp.clip(jnp.round(weight), -top, top)
+            codes = jnp.clip(jnp.round(weight), -top - (self.form != TERNARY), top)
         return codes.astype(jnp.int32)
 
     def round(self, weight: Float[Array, "out in"]) -> Float[Array, "out in"]:

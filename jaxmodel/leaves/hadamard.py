@@ -45,15 +45,28 @@ def largest_block(n: int) -> int:
 def turn(x: Float[Array, "... n"], size: int, *, back: bool = False) -> Float[Array, "... n"]:
     """Multiply each block of `size` along the last axis with a Hadamard matrix: `x @ H`.
 
+    In two products, with the smaller matrices whose Kronecker product H is.
+
     Args:
       x: the array; `size` divides its last axis.
       size: of a block.
       back: multiply with the transpose, which undoes it.
     """
-    matrix = jnp.asarray(hadamard(size), x.dtype)
-    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
-    turned = jnp.matmul(blocks, matrix.T if back else matrix, precision="highest")
-    return turned.reshape(x.shape)
+    times = functools.partial(jnp.einsum, precision="highest")
+    of = lambda n: jnp.asarray(hadamard(n).T if back else hadamard(n), x.dtype)
+    a, b = _halves(size)
+    blocks = times("nij,jk->nik", x.reshape(-1, a, b), of(b))
+    return times("nij,ik->nkj", blocks, of(a)).reshape(x.shape)
+
+
+def _halves(n: int) -> tuple[int, int]:
+    """Return the sizes of two Hadamard matrices whose Kronecker product is that of size n.
+
+    The first is a power of two, as in Sylvester's construction, and their sum is as small as it
+    can be.
+    """
+    splits = [(2**i, n // 2**i) for i in range(n.bit_length()) if n % 2**i == 0]
+    return min((pair for pair in splits if _signs(pair[1]) is not None), key=sum)
 
 
 @functools.cache

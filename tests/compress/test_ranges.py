@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxmodel import compress
-from jaxmodel.compress.quantize.ranges import SHRINKS, RangeRule, even_grid
+from jaxmodel.compress.quantize.ranges import NARROWEST, SHRINKS, RangeRule, even_grid
 from jaxmodel.errors import InputError
 from jaxmodel.text_form import members, read_one
 
@@ -66,7 +66,7 @@ def grids():
 def levels(low, high, symmetric):
     """Return all values of a grid, `[..., levels]`."""
     if symmetric:
-        return high[..., None] / 3 * np.arange(-3, 4)
+        return high[..., None] / 3 * np.arange(-4, 4)  # one more below zero
     return low[..., None] + (high - low)[..., None] / 7 * np.arange(8)
 
 
@@ -122,7 +122,7 @@ def test_the_histogram_loses_the_least_information(symmetric):
     scale, _ = grids()["histogram(32)", symmetric]
     factor = scale * (3 if symmetric else 7) / (high - low)
     np.testing.assert_allclose(factor, factor[0, 0], rtol=1e-4)
-    every = [divergence(f) for f in np.linspace(1, 1 / 3, SHRINKS)]
+    every = [divergence(f) for f in np.linspace(1, NARROWEST, SHRINKS)]
     # a bin whose middle lies on a border may fall to either side
     assert divergence(factor[0, 0]) <= min(every) * 1.02 < np.mean(every)
 
@@ -131,7 +131,9 @@ def test_the_histogram_loses_the_least_information(symmetric):
 @pytest.mark.parametrize("text", SEARCHED)
 def test_a_search_finds_what_brute_force_finds(text, symmetric):
     low, high = widest(symmetric)
-    factors = np.linspace(1, 1 / 3, SHRINKS)
+    factors = np.linspace(1, NARROWEST, SHRINKS)
+    if symmetric and not text.startswith("histogram"):
+        factors = np.concatenate([factors, -factors])
     all_costs = np.stack(
         [cost(text, levels(low * f, high * f, symmetric), symmetric) for f in factors]
     )
@@ -193,3 +195,10 @@ def test_an_unknown_rule_names_the_nearest():
         compress.Rtn(4, range="msee")
     with pytest.raises(InputError, match=r"percentile: at is 101"):
         compress.parse("rtn(4, range='percentile(101)')")
+
+
+def test_a_negative_scale_gives_the_one_value_more_to_the_largest_weights():
+    row = np.array([[4.0, 1.0, -1.0, -3.0]], np.float32)  # -4 steps of -1, which are 4
+    leaf = compress.Rtn(BITS, range="mse", scale_dtype="float32")(jnp.asarray(row))
+    assert float(leaf.scale[0, 0]) < 0
+    np.testing.assert_allclose(leaf.decode(), row, atol=0.03)

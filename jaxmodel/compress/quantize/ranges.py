@@ -18,8 +18,10 @@ from jaxmodel import text_form
 from jaxmodel.compress.draft import Grid
 from jaxmodel.schema import Count, Positive, Range
 
-SHRINKS = 60
-"""How many narrower ranges a search tries, the narrowest of a third."""
+SHRINKS = 40
+"""How many narrower ranges a search tries for each sign of the scale."""
+NARROWEST = 0.4
+"""The narrowest of them, as a fraction of the range that holds all weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Groups:
 
     def steps(self, scale: Array, minimum: Array | None) -> Grid:
         """Return the grid with these steps, in the dtype that is stored."""
-        scale = jnp.maximum(scale, float(jnp.finfo(self.dtype).tiny)).astype(self.dtype)
+        size = jnp.maximum(jnp.abs(scale), float(jnp.finfo(self.dtype).tiny))
+        scale = jnp.where(scale < 0, -size, size).astype(self.dtype)
         minimum = None if minimum is None else minimum.astype(self.dtype)
         return Grid(scale, minimum, bits=self.bits, group=self.size)
 
@@ -129,7 +132,11 @@ class Percentile(RangeRule):
 
 @dataclasses.dataclass(frozen=True)
 class Search(RangeRule, abc.ABC):
-    """Base of the rules that try `SHRINKS` narrower ranges and take that of the least cost."""
+    """Base of the rules that try `SHRINKS` narrower ranges and take that of the least cost.
+
+    A symmetric code has one value more below zero than above. With a negative scale that one serves
+    the largest weights, so both signs are tried.
+    """
 
     @abc.abstractmethod
     def cost(self, groups: Groups, grid: Grid) -> Float[Array, "out groups"]:
@@ -146,7 +153,10 @@ class Search(RangeRule, abc.ABC):
             return (jnp.where(worse, found, least), jnp.where(worse, factor, at)), None
 
         start = (jnp.full(low.shape, jnp.inf), jnp.ones(low.shape))
-        (_, factor), _ = jax.lax.scan(better, start, jnp.linspace(1.0, 1 / 3, SHRINKS))
+        factors = jnp.linspace(1.0, NARROWEST, SHRINKS)
+        if groups.symmetric and groups.bits > 1:
+            factors = jnp.concatenate([factors, -factors])
+        (_, factor), _ = jax.lax.scan(better, start, factors)
         return groups.grid(low * factor, high * factor)
 
 
@@ -213,7 +223,7 @@ class Gibbs(Search):
         codes = codes_of(grid, groups.values)
         off = groups.rounded(grid) - groups.values
         top = 2 ** (groups.bits - 1) - 1
-        least, most = (-top, top) if groups.symmetric else (0, 2**groups.bits - 1)
+        least, most = (-top - 1, top) if groups.symmetric else (0, 2**groups.bits - 1)
         # further ones have no weight: even at 2 bits and T = 1 that of 16 steps is below 1e-30
         reach = min(most - least, 16)
 
@@ -265,7 +275,7 @@ class Histogram(RangeRule):
             level = (mass / jnp.maximum(number, 1.0))[levels]
             return jnp.sum(counts * jnp.log(jnp.where(used > 0, counts / level, 1.0)))
 
-        factors = jnp.linspace(1.0, 1 / 3, SHRINKS)
+        factors = jnp.linspace(1.0, NARROWEST, SHRINKS)
         factor = factors[jnp.argmin(jax.lax.map(divergence, factors))]
         if groups.symmetric:
             return groups.grid(-high * factor, high * factor)
