@@ -54,6 +54,7 @@ def fake(
     >>> fake([("w", "ternary()")], params)["w"].tolist()
     [[0.0, -3.0, 3.0, 0.0]]
     """
+    tree.check(params)
     stats = stats or {}
     chains = chains_of(as_recipe(recipe), params, axes)
     where = places(stats, chains)

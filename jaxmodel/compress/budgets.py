@@ -62,6 +62,7 @@ def budget(
     >>> budget([(".*", "magnitude(0.25)")], params).texts()[0]
     ['a', 'magnitude(fraction=0.25, threshold=4.0)']
     """
+    tree.check(params)
     one_of("kind", kind, KINDS)
     recipe = as_recipe(recipe)
     chains = chains_of(recipe, params, axes)

@@ -82,6 +82,7 @@ def prune_in_rounds(
     >>> [round.number for round in rounds]
     [1, 2]
     """
+    tree.check(params)
     at_least("most", most)
     single = isinstance(recipes, Recipe) or _is_rules(recipes)
     each: Any = [recipes] * most if single else recipes

@@ -255,6 +255,7 @@ def densities(
     >>> [(path, round(value, 3)) for path, value in densities(layers, 0.5)[:-1]]
     [('a', 0.0), ('b', 0.531)]
     """
+    tree.check(params)
     one_of("kind", kind, ("uniform", "erk"))
     shapes = {
         layer: tree.layer_shape(path, leaf)
@@ -262,7 +263,9 @@ def densities(
         for layer in tree.layer_paths(path)
     }
     chosen = {
-        layer: shape for layer, shape in shapes.items() if _is_matrix(roles(layer, shape), shape)
+        layer: shape
+        for layer, shape in shapes.items()
+        if _is_matrix(roles(layer, shape), shape) and math.prod(shape)
     }
     found = divide(chosen, dict.fromkeys(chosen, fraction), kind)
     return [*((re.escape(layer), value) for layer, value in found.items()), (".*", None)]

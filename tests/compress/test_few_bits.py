@@ -74,7 +74,7 @@ def test_ternary_and_binary():
     np.testing.assert_array_equal(leaf.codes(), np.clip(np.round(WEIGHT / mean), -1, 1))
     np.testing.assert_array_equal(run("binary()").codes(), np.sign(WEIGHT))
     drawn = jax.vmap(
-        lambda key: compress.Binary(stochastic=True)(jnp.asarray(WEIGHT), key=key).decode()
+        lambda key: compress.quantize.Binary(stochastic=True)(jnp.asarray(WEIGHT), key=key).decode()
     )
     keys = jax.random.split(jax.random.key(0), 400)
     found = np.asarray(jnp.mean(drawn(keys), axis=0))
@@ -159,5 +159,5 @@ def test_activations_stand_behind_a_rounding():
     with pytest.raises(InputError, match="needs 'histogram'"):
         compress.apply([("w", "rtn(8) | activations(percentile=99)")], {"w": jnp.asarray(WEIGHT)})
     with pytest.raises(InputError, match=r"group is 8; allowed: a multiple of 5"):
-        compress.Ternary(group=8)
+        compress.quantize.Ternary(group=8)
     assert isinstance(run("ternary(group=10)"), leaves.QTensor)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmodel import compress, data, leaves, losses, ops, train, tree
-from jaxmodel.compress.learnt import learnt_step
+from jaxmodel.compress.quantize.learnt import learnt_step
 from jaxmodel.errors import InputError
 from jaxmodel.models import mlp
 
@@ -52,8 +52,9 @@ def test_they_train_and_what_is_stored_computes_the_same():
     labels = (features @ rng.normal(size=(16, 4))).argmax(-1).astype(np.int32)
     plain = mlp.model(mlp.Config(16, (32,), 4))
     start = plain.init(jax.random.key(0))
-    learnt = compress.Learnt(2, limit=4.0)
-    model, params = compress.learn_ranges(plain, start, [(".*/dense|head", learnt), (".*", None)])
+    learnt = compress.quantize.Learnt(2, limit=4.0)
+    rules = [(".*/dense|head", learnt), (".*", None)]
+    model, params = compress.quantize.learn_ranges(plain, start, rules)
     stream = data.Stream({"features": features, "labels": labels}, 64, 0)
     config = train.TrainConfig(steps=100, learning_rate=1e-2)
     state, history = train.fit(model, stream, config, params=params, loss=losses.classification)
@@ -61,7 +62,7 @@ def test_they_train_and_what_is_stored_computes_the_same():
     for name in ("step", "limit"):
         before = tree.flatten(params)[f"head_range/{name}"]
         assert np.all(np.asarray(found[f"head_range/{name}"]) != np.asarray(before))
-    stored = compress.store_ranges(state.params)
+    stored = compress.quantize.store_ranges(state.params)
     assert isinstance(stored["head"], leaves.QTensor) and stored["head"].bits == 2
     inputs = {"features": jnp.asarray(features)}
     trained = jax.jit(model.apply)(state.params, inputs).logits
@@ -76,6 +77,6 @@ def test_what_is_no_matrix_has_no_range():
     model = mlp.model(mlp.SIZES["tiny"])
     params = model.init(jax.random.key(0))
     with pytest.raises(InputError, match="allowed: a Learnt for a plain matrix, or None"):
-        compress.learn_ranges(model, params, [(".*", compress.Learnt())])
+        compress.quantize.learn_ranges(model, params, [(".*", compress.quantize.Learnt())])
     with pytest.raises(InputError, match="bits is 9"):
-        compress.Learnt(9)
+        compress.quantize.Learnt(9)

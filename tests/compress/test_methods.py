@@ -195,7 +195,7 @@ def test_obs_is_brute_force(pattern):
     gram = jnp.asarray(inputs.T @ inputs, jnp.float32)
     stats = {"gram": gram, "count": jnp.float32(40)}
     steps = 4 if pattern else 5
-    got = compress.Obs(1 - 3 / 8, pattern=pattern, damping=1e-6)(weight, stats).decode()
+    got = compress.prune.Obs(1 - 3 / 8, pattern=pattern, damping=1e-6)(weight, stats).decode()
     if not pattern:
         assert np.all(np.sum(np.asarray(got) != 0, axis=-1) == 3)
     want = np.stack([brute_force(row, gram, steps, pattern) for row in np.asarray(weight)])
@@ -210,7 +210,7 @@ def test_obs_over_the_leaf_takes_the_row_that_costs_least():
     inputs = rng.normal(size=(40, 6)) @ rng.normal(size=(6, 6))
     gram = inputs.T @ inputs
     stats = {"gram": jnp.asarray(gram, jnp.float32), "count": jnp.float32(40)}
-    leaf = compress.Obs(0.5, scope="leaf", damping=1e-6)(weight, stats)
+    leaf = compress.prune.Obs(0.5, scope="leaf", damping=1e-6)(weight, stats)
     got = np.asarray(leaf.decode(), np.float64)
     # by hand: the next step is that of the row where it costs least
     rows = [np.asarray(row, np.float64) for row in weight]
@@ -242,7 +242,7 @@ def test_scores_of_the_gradient(text):
     np.testing.assert_array_equal(leaf.decode(), np.where(keep, w, 0))
     if text == "gradient":
         low, high = (
-            compress.Gradient(threshold=0.7, prune=prune)(jnp.asarray(w), stats).decode()
+            compress.prune.Gradient(threshold=0.7, prune=prune)(jnp.asarray(w), stats).decode()
             for prune in ("smallest", "largest")
         )
         np.testing.assert_array_equal(low, np.where(abs(g) >= 0.7, w, 0))

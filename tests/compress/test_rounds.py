@@ -133,9 +133,9 @@ def test_a_masked_model_is_the_shrunk_model():
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = jax.tree.map(lambda a: 0.3 * random(a.size, *a.shape), shapes)
     tokens = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
-    scores = compress.score_units(model.axes, params, "FK")
-    stay = compress.choose_units(scores, 0.5)
-    masked = compress.mask_units(model.axes, params, stay)
+    scores = compress.prune.score_units(model.axes, params, "FK")
+    stay = compress.prune.choose_units(scores, 0.5)
+    masked = compress.prune.mask_units(model.axes, params, stay)
     shrunk = axes.select(model.axes, params, stay)
     assert tree.count(shrunk) < 0.9 * tree.count(params)
     run = jax.jit(lambda params: model.apply(params, tokens).logits)
@@ -145,21 +145,21 @@ def test_a_masked_model_is_the_shrunk_model():
 
 def test_units_are_scored_by_all_that_holds_them():
     w = {path: np.asarray(leaf) for path, leaf in tree.flatten(PARAMS).items()}
-    scores = compress.score_units(MODEL.axes, PARAMS)
+    scores = compress.prune.score_units(MODEL.axes, PARAMS)
     first = (w["blocks/0/dense"] ** 2).sum(1) + w["blocks/0/dense_bias"] ** 2
     first += (w["blocks/1/dense"] ** 2).sum(0)
     np.testing.assert_allclose(scores["F1"], np.sqrt(first), rtol=1e-5)
     stats = compress.observe_gradients(MODEL, PARAMS, BATCHES)
     g = {path: np.asarray(found["gradient"]) for path, found in stats.items()}
     both = (w["blocks/1/dense"] * g["blocks/1/dense"]).sum(1) + (w["head"] * g["head"]).sum(0)
-    got = compress.score_units(MODEL.axes, PARAMS, stats=stats)["F2"]
+    got = compress.prune.score_units(MODEL.axes, PARAMS, stats=stats)["F2"]
     np.testing.assert_allclose(got, abs(both), rtol=1e-4, atol=1e-6)
-    together = compress.choose_units(
+    together = compress.prune.choose_units(
         {"a": jnp.array([5.0, 6, 7]), "b": jnp.array([1.0, 2])}, 0.4, True
     )
     assert together["a"].tolist() == [1, 2] and together["b"].tolist() == [1]
     with pytest.raises(InputError, match="letters: 'Z' given; allowed: some of F"):
-        compress.score_units(MODEL.axes, PARAMS, "Z")
+        compress.prune.score_units(MODEL.axes, PARAMS, "Z")
 
 
 def test_what_training_moves_is_pruned_by_movement():

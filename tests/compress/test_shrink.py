@@ -103,7 +103,7 @@ def test_an_expert_that_no_token_reached_is_not_missed():
         path: {"square": activity * jnp.ones((1, leaves[path].shape[-1]))}
         for path in ("blocks/0/moe/gate", "blocks/0/moe/up", down)
     }
-    shrink = compress.Shrink(0.5, units="E", score="activity")
+    shrink = compress.transforms.Shrink(0.5, units="E", score="activity")
     smaller, kept = shrink.change(model, params("moe"), stats, jax.random.key(0))
     assert smaller.config.experts == 2
     np.testing.assert_allclose(smaller.apply(kept, token).logits, want, atol=1e-5)
@@ -119,7 +119,7 @@ def test_a_stream_that_uses_fewer_units_is_sliced_without_loss():
 
     used = tree.map_leaves(few, params("tied"))
     want = jax.jit(MODELS["tied"].apply)(used, TOKENS).logits
-    hide = compress.Rotate(heads=False, online=False, matrix="random")
+    hide = compress.transforms.Rotate(heads=False, online=False, matrix="random")
     model, hidden = hide.change(MODELS["tied"], used, {}, jax.random.key(5))
     assert jnp.abs(hidden["embed"]).min() > 0
     bundle = hub.Bundle(model, hidden, None, {"name": "hidden"})
@@ -137,4 +137,4 @@ def test_what_a_family_does_not_have_is_named():
         shrunk("llama", "shrink(0)")
     other = gpt2.model(gpt2.SIZES["tiny"])
     with pytest.raises(InputError, match="slice: the norms of this model subtract the mean"):
-        compress.Slice().change(other, {}, {}, jax.random.key(0))
+        compress.transforms.Slice().change(other, {}, {}, jax.random.key(0))

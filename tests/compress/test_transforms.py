@@ -46,7 +46,7 @@ def flat(params):
 
 def test_smooth_takes_the_factors_of_the_paper():
     before = flat(params())
-    _, after = compress.Smooth(0.25).change(MODEL, params(), stats(), jax.random.key(0))
+    _, after = compress.transforms.Smooth(0.25).change(MODEL, params(), stats(), jax.random.key(0))
     after = flat(after)
     seen = stats()["blocks/0/mlp/up"]
     size = np.sqrt(np.asarray(seen["square"]) / seen["count"])
@@ -64,7 +64,7 @@ def test_smooth_takes_the_factors_of_the_paper():
 def test_awq_takes_the_alpha_with_the_smallest_error():
     points = 6
     before = flat(params())
-    awq = compress.Awq(3, points=points)
+    awq = compress.transforms.Awq(3, points=points)
     after = flat(awq.change(MODEL, params(), stats(), jax.random.key(0))[1])
     gram = np.asarray(stats()["blocks/0/mlp/up"]["gram"], np.float64)
     size = np.sqrt(np.diagonal(gram))
@@ -90,7 +90,7 @@ def test_awq_takes_the_alpha_with_the_smallest_error():
 def test_scales_without_a_norm_in_front_are_online():
     plain = {"square": stats()["blocks/0/attn/q"]["square"], "count": jnp.float32(64)}
     other = dataclasses.replace(MODEL, axes=dataclasses.replace(MODEL.axes, feeds=()))
-    smooth = compress.Smooth(online=True)
+    smooth = compress.transforms.Smooth(online=True)
     paths = smooth.inputs(other, params())
     assert "blocks/0/attn/q" in paths and "blocks/0/mlp/down" in paths and "embed" not in paths
     assert len(paths) == 7
@@ -101,7 +101,7 @@ def test_scales_without_a_norm_in_front_are_online():
         assert isinstance(after[path], leaves.Turned)
         np.testing.assert_allclose(after[path].decode(), before[path], rtol=1e-5)
     with pytest.raises(InputError, match=r"smooth: the model's axes name no plain leaves"):
-        compress.Smooth().inputs(other, params())
+        compress.transforms.Smooth().inputs(other, params())
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +140,13 @@ def test_a_model_is_rotated_and_runs_on_a_mesh(devices8):
         want = jax.jit(model.apply)(params, tokens).logits
         mesh = sharding.make_mesh("tensor=2,fsdp=4")
         placed = sharding.place(model.rules, params, mesh)
-        one = compress.Rotate(block=32)
+        one = compress.transforms.Rotate(block=32)
         model, turned = one.change(model, placed, {}, jax.random.key(0))
         turned = sharding.place(model.rules, turned, mesh)
         got = jax.jit(model.apply)(turned, tokens).logits
         np.testing.assert_allclose(got, want, atol=1e-5)
         try:
-            whole = compress.Rotate().change(model, params, {}, jax.random.key(0))[1]
+            whole = compress.transforms.Rotate().change(model, params, {}, jax.random.key(0))[1]
             sharding.place(model.rules, whole, mesh)
         except Exception as error:
             print(error)
@@ -164,7 +164,7 @@ def test_recipes_with_transforms_have_a_text_and_a_record():
     record = to_record(recipe)
     assert record["transforms"] == "rotate(stream=True, online=False) ; smooth(alpha=0.5)"
     assert from_record(record) == recipe
-    assert Recipe([(".*", ())], transforms="rotate()").transforms == (compress.Rotate(),)
+    assert Recipe([(".*", ())], transforms="rotate()").transforms == (compress.transforms.Rotate(),)
 
 
 def test_equal_recipes_have_equal_fingerprints():

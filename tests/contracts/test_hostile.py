@@ -48,6 +48,9 @@ from tests.contracts.conftest import B, T, example
 PACKAGES = (
     "adapt",
     "compress",
+    "compress.prune",
+    "compress.quantize",
+    "compress.transforms",
     "contrib",
     "evaluate",
     "generation",
@@ -208,6 +211,50 @@ CALLS: dict[str, tuple[Given, Callable[[Any], Any]]] = {
         TEXT,
         lambda params: compress.apply(some(".*/mlp/.*", "rtn(bits=8)", ()), params)[0],
     ),
+    "compress.bottom_up": (
+        TEXT,
+        lambda params: [
+            compress.apply(recipe, params)[0]
+            for recipe in compress.bottom_up(some(".*/mlp/up", "rtn(8)", ()), MODEL, params)
+        ],
+    ),
+    "compress.budget": (
+        TEXT,
+        lambda params: compress.apply(
+            compress.budget(some(".*/mlp/up", "magnitude(0.5)", ()), params), params
+        )[0],
+    ),
+    "compress.fake": (
+        TEXT,
+        lambda params: compress.fake(some(".*/mlp/up", "rtn(8)", ()), params),
+    ),
+    "compress.prune_in_rounds": (
+        TEXT,
+        lambda params: compress.prune_in_rounds(
+            MODEL, params, [some(".*/mlp/up", "magnitude(0.5)", ())], [jnp.asarray(TOKENS)]
+        )[0],
+    ),
+    "compress.prune.mask_units": (
+        TEXT,
+        lambda params: compress.prune.mask_units(MODEL.axes, params, {"blocks/0/F": jnp.arange(3)}),
+    ),
+    "compress.prune.score_units": (
+        TEXT,
+        lambda params: compress.prune.score_units(MODEL.axes, params),
+    ),
+    "compress.quantize.learn_ranges": (
+        TEXT,
+        lambda params: compress.quantize.learn_ranges(
+            MODEL, params, some(".*/mlp/up", compress.quantize.Learnt(4))
+        )[1],
+    ),
+    "compress.quantize.store_ranges": (TEXT, compress.quantize.store_ranges),
+    "compress.transforms.transformed": (
+        TEXT,
+        lambda params: compress.transforms.transformed(
+            MODEL, params, [compress.transforms.Rotate(stream=False)]
+        )[1],
+    ),
     "compress.calibrate": (
         TEXT,
         lambda params: compress.calibrate(
@@ -331,6 +378,7 @@ CALLS: dict[str, tuple[Given, Callable[[Any], Any]]] = {
             MODEL, params, dict.fromkeys(("tokens", "targets"), jnp.asarray(TOKENS))
         )[0],
     ),
+    "optim.densities": (TEXT, lambda params: optim.densities(params, 0.5)),
     "optim.quantize_weights": (
         TEXT,
         lambda params: optim.quantize_weights(params, some(".*/mlp/up", 8)),

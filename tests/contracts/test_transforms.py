@@ -67,14 +67,14 @@ def test_factors_and_rotations_change_nothing(case):
         models["moved"], moved = case.model, tree.stack(tree.unflatten(leaves))
         if why:
             return {"moved": moved}
-        rotate = compress.Rotate(online=False)
+        rotate = compress.transforms.Rotate(online=False)
         models["rotated"], rotated = rotate.change(case.model, params, {}, jax.random.key(1))
         return {"moved": moved, "rotated": rotated}
 
     assert bool(known.feeds) != (family in NO_FEEDS)
     if why:
         with pytest.raises(InputError, match=why):
-            compress.Rotate().change(case.model, case.params, {}, jax.random.key(0))
+            compress.transforms.Rotate().change(case.model, case.params, {}, jax.random.key(0))
     if why and not known.feeds:
         return
     want = case.apply(case.params, case.inputs)

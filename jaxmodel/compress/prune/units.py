@@ -46,6 +46,7 @@ def score_units(
     Raises:
       InputError: the model has no unordered units of these letters.
     """
+    tree.check(params)
     leaves = tree.flatten(tree.unstack(params))
     where = places(stats or {}, leaves)
     out = {}
@@ -108,6 +109,7 @@ def mask_units(declared: Axes, params: tree.Params, units: Units) -> tree.Params
     Raises:
       InputError: the name of no group.
     """
+    tree.check(params)
     known = axes.groups(declared, params)
     leaves = tree.flatten(tree.unstack(params))
     for name, index in units.items():

@@ -3,6 +3,7 @@
 from jaxmodel.compress.quantize.activations import Activations
 from jaxmodel.compress.quantize.few_levels import Binary, Fp8, Ternary
 from jaxmodel.compress.quantize.gptq import Compensate, Gptq
+from jaxmodel.compress.quantize.learnt import Learnt, learn_ranges, store_ranges
 from jaxmodel.compress.quantize.ranges import RangeRule
 from jaxmodel.compress.quantize.rounding import Stochastic, Truncate
 from jaxmodel.compress.quantize.rtn import Rtn
@@ -16,10 +17,13 @@ __all__ = [
     "Fp8",
     "Gptq",
     "InverseTransform",
+    "Learnt",
     "Nf4",
     "RangeRule",
     "Rtn",
     "Stochastic",
     "Ternary",
     "Truncate",
+    "learn_ranges",
+    "store_ranges",
 ]

@@ -3,6 +3,6 @@
 from jaxmodel.compress.transforms.rotate import Rotate
 from jaxmodel.compress.transforms.scale import Awq, Smooth
 from jaxmodel.compress.transforms.shrink import Shrink, Slice
-from jaxmodel.compress.transforms.transform import Transform, transformed, transforms
+from jaxmodel.compress.transforms.transform import Transform, transformed
 
-__all__ = ["Awq", "Rotate", "Shrink", "Slice", "Smooth", "Transform", "transformed", "transforms"]
+__all__ = ["Awq", "Rotate", "Shrink", "Slice", "Smooth", "Transform", "transformed"]

@@ -118,6 +118,7 @@ def transformed(
     Raises:
       InputError: the model's family does not allow a transform, or statistics cannot be measured.
     """
+    tree.check(params)
     key = jax.random.key(0) if key is None else key
     for i, one in enumerate(chain):
         stats: Stats = {}

@@ -161,6 +161,7 @@ def learnt_step(
 
 def store_ranges(params: tree.Params) -> tree.Params:
     """Make `QTensor` leaves of weights with learnt ranges, for the model without the wrapper."""
+    tree.check(params)
     leaves = tree.flatten(params)
     out = {path: leaf for path, leaf in leaves.items() if not _PART.fullmatch(path)}
     for path in [path for path in out if f"{path}{SUFFIX}/step" in leaves]:
