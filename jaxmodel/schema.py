@@ -41,7 +41,8 @@ class Range:
         if self.below < math.inf:
             return f"of at least {self.least:.12g} and below {self.below:.12g}"
         if self.above > -math.inf:
-            return f"above {self.above:.12g}"
+            most = f" and at most {self.most:.12g}" if self.most < math.inf else ""
+            return f"above {self.above:.12g}{most}"
         if self.most < math.inf:
             return f"of {self.least:.12g} to {self.most:.12g}"
         return f"of at least {self.least:.12g}"

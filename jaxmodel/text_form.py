@@ -157,13 +157,35 @@ def describe(kind: type[Member]) -> str:
     """Describe all of a kind for people: names, settings, defaults, ranges and what they are."""
     lines: list[str] = []
     for _, cls in sorted(members(kind).items()):
-        lines.append(f"{_form(cls, True)}: {(inspect.getdoc(cls) or '').partition('\n')[0]}")
-        told = help_of(cls)
-        checked = _checked(cls)
-        for field in settings(cls):
-            allowed = f" ({_words(checked[field.name])})" if field.name in checked else ""
-            lines.append(f"  {field.name}: {told.get(field.name, '').rstrip('.')}{allowed}")
+        found = entry(cls)
+        lines.append(f"{found['form']}: {found['says']}")
+        for setting in found["settings"]:
+            allowed = f" ({setting['allowed']})" if setting["allowed"] else ""
+            lines.append(f"  {setting['name']}: {setting['says'].rstrip('.')}{allowed}")
     return "\n".join(lines)
+
+
+def entry(cls: type[Member]) -> dict[str, Any]:
+    """Return what there is to say about a member.
+
+    Returns:
+      name; form, the text with all settings and their defaults; says, the first line of its
+      docstring; settings, each with name, says and allowed ("" where nothing is checked).
+    """
+    told = help_of(cls)
+    checked = _checked(cls)
+    # nobody needs to be told the largest number of things
+    no_top = functools.partial(re.sub, r"of (\d+) to 2147483647", r"of at least \1")
+    found = [
+        {
+            "name": field.name,
+            "says": told.get(field.name, ""),
+            "allowed": no_top(_words(checked[field.name])) if field.name in checked else "",
+        }
+        for field in settings(cls)
+    ]
+    says = (inspect.getdoc(cls) or "").partition("\n")[0]
+    return {"name": name_of(cls), "form": _form(cls, True), "says": says, "settings": found}
 
 
 def help_of(cls: type[Member]) -> dict[str, str]:

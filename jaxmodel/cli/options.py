@@ -19,10 +19,11 @@ from jaxmodel.errors import InputError, within
 _RECIPE = (
     "Recipe of the compression. A name: int8 (weights, and activations as they are computed), "
     "int8-weight (weights only), int4 (groups of 64 weights), sparse50-int8 (half of the weights "
-    "zero). Or a chain of methods for the layers, such as 'magnitude(0.5) | rtn(bits=4, group=32)'."
-    " Or a .yaml or .json file ('-' for YAML on standard input) with the keys base (one of the "
-    "above), rules (pattern: chain), compute and name. Or the folder of a "
-    "compressed bundle, to do the same again."
+    "zero). Or a chain of methods for the layers, such as 'magnitude(0.5) | rtn(4, group=32)'; "
+    "transforms of the whole model stand in front: 'rotate() ; gptq(4)'. `jaxmodel methods` lists "
+    "all. Or a .yaml or .json file ('-' for YAML on standard input) with the keys base (one of the "
+    "above), rules (pattern: chain), transforms, compute and name. Or the folder of a compressed "
+    "bundle, to do the same again."
 )
 _MODEL = arg(metavar="MODEL", help=f"The model: {SOURCE}.")
 _ADAPTERS = (
@@ -286,6 +287,19 @@ class Models(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Methods(Common):
+    """List what texts of recipes and options may name: methods, transforms, ranges, augmentations.
+
+    With a name or a kind, `jaxmodel methods gptq`, their settings too.
+    """
+
+    name: Annotated[
+        Positional[str],
+        arg(metavar="NAME", help="Whose settings to show: a name, or a kind, such as augment."),
+    ] = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary(Common):
     """Show the parameters of a model by path, with shapes, bytes, and their sharding on a mesh."""
 
@@ -344,6 +358,7 @@ VERBS: dict[str, type] = {
     "compare": Compare,
     "merge": Merge,
     "models": Models,
+    "methods": Methods,
     "summary": Summary,
     "predict": Predict,
     "resume": Resume,

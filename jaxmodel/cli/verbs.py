@@ -48,6 +48,10 @@ def find(name: str) -> Verb:
         return Verb(
             getattr(inspect, name), getattr(inspect, f"show_{name}"), keeps=name == "predict"
         )
+    if name == "methods":
+        from jaxmodel.cli import methods
+
+        return Verb(methods.run, methods.show, keeps=False)
     if name in ("compress", "sensitivity", "compare"):
         from jaxmodel.cli import compression
 

@@ -393,3 +393,16 @@ def test_without_pillow(capsys, folder, monkeypatch):
         code=2,
     ).err
     assert "pip install 'jaxmodel[data]'" in err
+
+
+def test_methods_says_what_texts_may_name(capsys, folder):
+    rows = as_json(capsys, folder, "methods")
+    names = {(row["kind"], row["name"]) for row in rows}
+    assert {("method", name) for name in compress.methods()} < names
+    kinds = {"recipe": "int8", "transform": "rotate", "range": "mse", "augment": "rotate"}
+    assert set(kinds.items()) < names
+    said = call(capsys, "methods", "gptq", "--runs", folder / "runs").out
+    assert "gptq(bits=4, group=None" in said and "damping: of the Hessian" in said
+    assert "wanda" not in said
+    said = call(capsys, "methods", "gtpq", "--runs", folder / "runs", code=2).err
+    assert said.strip().endswith("(nearest: gptq)")
