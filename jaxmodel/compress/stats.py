@@ -112,3 +112,18 @@ def _usable(stats: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Arra
 
     counts = jnp.stack([jnp.int32(fine.size), jnp.sum(~seen), jnp.sum(seen & ~fine)])
     return {name: one(name, a) for name, a in stats.items()}, counts
+
+
+def statistic(name: str, path: str, stats: Stats, where: Places) -> jax.Array:
+    """Return a statistic of the input of a leaf.
+
+    Raises:
+      InputError: it was not measured.
+    """
+    found = stats_of(path, stats, where)
+    if found is None or name not in found:
+        raise InputError(
+            f"stats: {name!r} of the input of {path!r} was not measured; give batches to "
+            f"compress_bundle, or stats from observe(..., statistics=[{name!r}])"
+        )
+    return found[name]

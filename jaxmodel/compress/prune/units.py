@@ -8,8 +8,9 @@ so computes what the one computes from which `axes.select` has removed them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ from jaxtyping import Array, Bool, Float
 from jaxmodel import axes, tree
 from jaxmodel.axes import Axes, Group, Member
 from jaxmodel.compress.observe import Stats
-from jaxmodel.compress.stats import places, stats_of
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.compress.stats import places, statistic, stats_of
+from jaxmodel.errors import InputError, one_of, unknown
 from jaxmodel.leaves import decode
 from jaxmodel.leaves.largest import largest
 
@@ -27,54 +28,76 @@ type Units = Mapping[str, jax.Array]
 
 
 def score_units(
-    declared: Axes, params: tree.Params, letters: str = "F", stats: Stats | None = None
+    declared: Axes,
+    params: tree.Params,
+    letters: str = "F",
+    by: Literal["magnitude", "activity", "gradient"] = "magnitude",
+    stats: Stats | None = None,
 ) -> dict[str, Float[Array, " units"]]:
-    """Score the units of each group by the weights in all leaves that hold them.
+    """Score the units of each group by all leaves that hold them.
 
     Args:
       declared: `model.axes`.
       params: of the model, plain or compressed.
       letters: of the groups to score: `F` hidden units, `K` groups of heads with their queries, `E`
         experts.
-      stats: None for the root of the sum of squares of a unit's weights; or with `gradient`, from
-        `observe_gradients`, for the size of the sum of `w dL/dw`, what the loss loses with the
-        unit to first order (Molchanov et al., 2019).
+      by: "magnitude", the sum of the squares of a unit's weights, in each leaf relative to their
+        mean over the units (DepGraph: Fang et al., 2023); "activity", the same of what the leaves
+        that read the unit make of it (`|x|^2 |w|^2`, Wanda's measure), with `square` of the inputs;
+        or "gradient", the size of the sum of `w dL/dw`, what the loss loses with the unit to first
+        order (Molchanov et al., 2019), with the `gradient` of `observe_gradients`.
+      stats: for activity and gradient.
 
     Returns:
       Name of a group -> `[units]`. Scores of one letter are comparable between layers.
 
     Raises:
-      InputError: the model has no unordered units of these letters.
+      InputError: the model has no unordered units of these letters, statistics are missing, or an
+        unknown score.
     """
     tree.check(params)
+    one_of("by", by, ("magnitude", "activity", "gradient"))
+    known = axes.assign(declared, params)
     leaves = tree.flatten(tree.unstack(params))
     where = places(stats or {}, leaves)
     out = {}
-    for name, group in _chosen(declared, params, letters).items():
+    for name, group in unit_groups(declared, params, letters).items():
         total = jnp.zeros(group.size, jnp.float32)
         for member in group.members:
-            weight = decode(leaves[member.path], jnp.float32)
-            if stats is None:
-                value = weight**2
-            else:
-                found = stats_of(member.path, stats, where) or {}
-                if "gradient" not in found:
-                    continue  # a bias, of which no gradient is measured
-                value = weight * found["gradient"]
-            total = total + _sums(value, member, group.size)
-        out[name] = jnp.sqrt(total) if stats is None else jnp.abs(total)
+            path = member.path
+            if known[path].role == "measured" or (by == "activity" and not reads(known, member)):
+                continue
+            value = decode(leaves[path], jnp.float32)
+            if by == "gradient":
+                found = stats_of(path, stats or {}, where) or {}
+                if "gradient" in found:  # of a bias none is measured
+                    total = total + _sums(value * found["gradient"], member, group.size)
+                continue
+            value = value**2
+            if by == "activity":
+                value = value * statistic("square", path, stats or {}, where)[..., None, :]
+            own = _sums(value, member, group.size)
+            total = total + own / jnp.maximum(jnp.mean(own), 1e-30)
+        out[name] = jnp.abs(total)
     return out
 
 
 def choose_units(
-    scores: Mapping[str, Float[Array, " units"]], fraction: float, together: bool = False
+    scores: Mapping[str, Float[Array, " units"]],
+    fraction: float,
+    together: bool = False,
+    *,
+    multiple: int = 1,
+    least: int = 1,
 ) -> dict[str, jax.Array]:
     """Choose the units that stay, for `axes.select` or `mask_units`.
 
     Args:
       scores: from `score_units`.
       fraction: of the units that go.
-      together: compare the units of all groups; each keeps at least one.
+      together: compare the units of all groups.
+      multiple: of which the number that stays in a group is one.
+      least: how many stay in each group at least.
 
     Returns:
       Name of a group -> the indices of the units that stay, in order.
@@ -85,17 +108,23 @@ def choose_units(
     """
     if not 0 <= fraction < 1:
         raise InputError(f"fraction: {fraction} given; allowed: at least 0 and below 1")
-    count = lambda n: max(1, n - round(n * fraction))
+
+    def whole(number: float, size: int) -> int:
+        number = max(1, round(number / multiple)) * multiple
+        return min(max(number, least), size)
+
+    numbers = {name: (1 - fraction) * score.size for name, score in scores.items()}
     if together:
-        best = {name: largest(score, 1) for name, score in scores.items()}
-        kept = sum(score.size for score in scores.values())
-        every = [jnp.where(best[name], jnp.inf, score) for name, score in scores.items()]
-        marks = largest(jnp.concatenate(every), max(count(kept), len(scores)))
-        ends = [sum(score.size for score in every[: i + 1]) for i in range(len(every))]
-        found = dict(zip(scores, jnp.split(marks, ends[:-1]), strict=True))
-    else:
-        found = {name: largest(score, count(score.size)) for name, score in scores.items()}
-    return {name: jnp.flatnonzero(keep).astype(jnp.int32) for name, keep in found.items()}
+        sure = [jnp.where(largest(one, least), jnp.inf, one) for one in scores.values()]
+        every = jnp.concatenate(sure)
+        marks = largest(every, max(round((1 - fraction) * every.size), least * len(scores)))
+        ends = list(itertools.accumulate(score.size for score in scores.values()))
+        parts = jnp.split(marks, ends[:-1])
+        numbers = {name: float(jnp.sum(part)) for name, part in zip(scores, parts, strict=True)}
+    return {
+        name: jnp.flatnonzero(largest(score, whole(numbers[name], score.size))).astype(jnp.int32)
+        for name, score in scores.items()
+    }
 
 
 def mask_units(declared: Axes, params: tree.Params, units: Units) -> tree.Params:
@@ -122,14 +151,31 @@ def mask_units(declared: Axes, params: tree.Params, units: Units) -> tree.Params
     return tree.stack(tree.unflatten(leaves))
 
 
-def _chosen(declared: Axes, params: tree.Params, letters: str) -> dict[str, Group]:
+def unit_groups(declared: Axes, params: tree.Params, letters: str) -> dict[str, Group]:
+    """Return the groups of units of some letters by name, of which any may go.
+
+    Raises:
+      InputError: the model has no unordered units of these letters.
+    """
     every = axes.groups(declared, params)
     known = {name: group for name, group in every.items() if not group.ordered}
     found = {name: group for name, group in known.items() if group.letter[0] in letters}
     if not found:
         there = sorted({group.letter[0] for group in known.values()})
-        raise InputError(f"letters: {letters!r} given; allowed: some of {', '.join(there)}")
+        raise InputError(
+            f"letters: {letters!r} given; allowed: some of {', '.join(there) or 'none'}"
+        )
     return found
+
+
+def reads(known: Mapping[str, axes.Letters], member: Member) -> bool:
+    """Return whether a leaf reads the units, or is a stack of one matrix for each of them."""
+    letters = known[member.path]
+    last = member.axis == len(letters.axes) - 1
+    role = letters.role
+    return (role in ("matrix", "head", "experts") and last) or (
+        role == "experts" and member.axis == 0
+    )
 
 
 def _cut(array: Any, member: Member, size: int) -> tuple[Any, Any, Any]:

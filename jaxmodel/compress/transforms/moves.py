@@ -14,8 +14,6 @@ from jaxtyping import Array, Float
 
 from jaxmodel import tree
 from jaxmodel.axes import Axes, Axis, Letters, Member, assign, groups
-from jaxmodel.compress.observe import Stats
-from jaxmodel.compress.stats import Places, stats_of
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import Compressed
 
@@ -287,18 +285,3 @@ def product_of(axis: Axis) -> tuple[str, ...]:
 def one_reader(known: Map, feed: Feed) -> str:
     """Return a reader of a feed whose input is measured: one that sees all tokens, if there is."""
     return min(feed.readers, key=lambda path: known.letters[path].role == "experts")
-
-
-def statistic(name: str, path: str, stats: Stats, where: Places) -> Array:
-    """Return a statistic of the input of a leaf.
-
-    Raises:
-      InputError: it was not measured.
-    """
-    found = stats_of(path, stats, where)
-    if found is None or name not in found:
-        raise InputError(
-            f"stats: {name!r} of the input of {path!r} was not measured; give batches to "
-            f"compress_bundle, or stats from observe(..., statistics=[{name!r}])"
-        )
-    return found[name]

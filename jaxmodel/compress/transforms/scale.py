@@ -14,7 +14,7 @@ from jaxmodel import tree
 from jaxmodel.compress.draft import opened
 from jaxmodel.compress.observe import Stats
 from jaxmodel.compress.quantize.rtn import Rtn
-from jaxmodel.compress.stats import Places, places, stats_of
+from jaxmodel.compress.stats import Places, places, statistic, stats_of
 from jaxmodel.compress.transforms.moves import (
     Feed,
     Map,
@@ -23,7 +23,6 @@ from jaxmodel.compress.transforms.moves import (
     one_reader,
     plain,
     spread,
-    statistic,
     survey,
 )
 from jaxmodel.compress.transforms.transform import Transform

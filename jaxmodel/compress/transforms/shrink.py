@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from jaxmodel import axes, tree
-from jaxmodel.axes import Group, Member, groups
+from jaxmodel.axes import Group, groups
 from jaxmodel.compress.observe import Stats
-from jaxmodel.compress.stats import Places, places, stats_of
-from jaxmodel.compress.transforms.moves import Leaves, Map, one_reader, plain, statistic, survey
+from jaxmodel.compress.prune.units import choose_units, reads, score_units, unit_groups
+from jaxmodel.compress.stats import places, stats_of
+from jaxmodel.compress.transforms.moves import one_reader, survey
 from jaxmodel.compress.transforms.rotate import streams, turn_stream
 from jaxmodel.compress.transforms.transform import Transform
 from jaxmodel.errors import InputError
@@ -62,80 +61,37 @@ class Shrink(Transform):
 
     def inputs(self, model: Model, params: tree.Params) -> frozenset[str]:
         """Return the leaves that read the units, if their activity is the score."""
-        found = self._sets(model, params) if self.score == "activity" else {}
-        known = survey(model.axes, params)
+        if self.score != "activity":
+            return frozenset()
+        known = axes.assign(model.axes, params)
         return frozenset(
             member.path
-            for group in found.values()
+            for group in self._groups(model, params).values()
             for member in group.members
-            if _reads(known, member)
+            if reads(known, member)
         )
 
     def change(
         self, model: Model, params: tree.Params, stats: Stats, key: jax.Array
     ) -> tuple[Model, tree.Params]:
         """Return the smaller model and its parameters."""
-        known = survey(model.axes, params)
-        leaves = tree.flatten(tree.unstack(params))
-        where = places(stats, leaves)
-        found = self._sets(model, params)
-        scores = {
-            name: self._score(known, leaves, group, stats, where) for name, group in found.items()
-        }
-        units = {
-            name: jnp.sort(jnp.argsort(-scores[name])[:n])
-            for name, n in self._numbers(model, found, scores).items()
-        }
+        self._groups(model, params)
+        scores = score_units(model.axes, params, self.units, self.score, stats)
+        units = choose_units(
+            scores,
+            1 - self.keep,
+            self.scope == "model",
+            multiple=self.multiple,
+            least=getattr(model.config, "experts_per_token", 1) if self.units == "E" else 1,
+        )
         smaller = axes.select(model.axes, params, units)
         return of_that_shape(model, smaller), smaller
 
-    def _sets(self, model: Model, params: tree.Params) -> dict[str, Group]:
-        every = groups(model.axes, params)
-        free = {name: group for name, group in every.items() if not group.ordered}
-        found = {name: group for name, group in free.items() if group.letter[0] == self.units}
-        if not found:
-            letters = sorted({group.letter[0] for group in free.values()} & set("FKHEC"))
-            raise InputError(
-                f"shrink: the model has no unordered units {self.units!r}; allowed here: "
-                f"{', '.join(letters) or 'none'}"
-            )
-        return found
-
-    def _score(
-        self, known: Map, leaves: Leaves, group: Group, stats: Stats, where: Places
-    ) -> Float[Array, " size"]:
-        total = jnp.zeros(group.size)
-        for member in group.members:
-            if known.letters[member.path].role == "measured":
-                continue
-            leaf = plain(member.path, leaves[member.path]).astype(jnp.float32)
-            square = leaf * leaf
-            if self.score == "activity":
-                if not _reads(known, member):
-                    continue
-                seen = statistic("square", member.path, stats, where)
-                square = square * seen[..., None, :]
-            own = _by_unit(square, member, group.size)
-            total = total + own / jnp.maximum(jnp.mean(own), 1e-30)
-        return total
-
-    def _numbers(
-        self, model: Model, found: Mapping[str, Group], scores: Mapping[str, Array]
-    ) -> dict[str, int]:
-        """Return how many units of each set stay."""
-        least = getattr(model.config, "experts_per_token", 1) if self.units == "E" else 1
-
-        def whole(n: float, size: int) -> int:
-            n = max(1, round(n / self.multiple)) * self.multiple
-            return min(max(n, least), size)
-
-        if self.scope == "set":
-            return {name: whole(self.keep * g.size, g.size) for name, g in found.items()}
-        every = jnp.sort(jnp.concatenate([scores[name] for name in found]))
-        edge = every[round((1 - self.keep) * (len(every) - 1))]
-        return {
-            name: whole(float(jnp.sum(scores[name] >= edge)), g.size) for name, g in found.items()
-        }
+    def _groups(self, model: Model, params: tree.Params) -> dict[str, Group]:
+        try:
+            return unit_groups(model.axes, params, self.units)
+        except InputError as error:
+            raise InputError(f"shrink: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,21 +198,3 @@ def of_that_shape(model: Model, params: tree.Params) -> Model:
             except InputError:
                 continue
     return model
-
-
-def _by_unit(array: Array, member: Member, size: int) -> Float[Array, " size"]:
-    """Return the sum over all that belongs to each unit."""
-    stop = member.start + member.before * size * member.after
-    own = jax.lax.slice_in_dim(array, member.start, stop, axis=member.axis)
-    own = jnp.moveaxis(own, member.axis, 0).reshape(member.before, size, member.after, -1)
-    return own.sum(axis=(0, 2, 3))
-
-
-def _reads(known: Map, member: Member) -> bool:
-    """Return whether a leaf reads the units, or is a stack of one matrix for each of them."""
-    letters = known.letters[member.path]
-    last = member.axis == len(letters.axes) - 1
-    role = letters.role
-    return (role in ("matrix", "head", "experts") and last) or (
-        role == "experts" and member.axis == 0
-    )
