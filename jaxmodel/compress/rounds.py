@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxmodel import tree
+from jaxmodel.brief import briefly
 from jaxmodel.compress.apply import apply, chains_of, needs_of
 from jaxmodel.compress.gradients import OF_LOSS, Loss, observe_gradients
 from jaxmodel.compress.method import Chain
@@ -22,7 +23,9 @@ from jaxmodel.leaves import decode
 from jaxmodel.models import Model
 
 
-class Round(NamedTuple):
+@briefly
+@dataclasses.dataclass(frozen=True)
+class Round:
     """What a round of pruning came to.
 
     Attributes:
@@ -96,7 +99,7 @@ def prune_in_rounds(
         done = Round(number, params, after, after - before)
         if between is not None:
             params = between(params, done)
-            done = done._replace(params=params)
+            done = dataclasses.replace(done, params=params)
         rounds.append(done)
         if (stop is not None and stop(done)) or (single and done.pruned == 0):
             break

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import optax
 
 from jaxmodel import data, optim, train, tree
 from jaxmodel.axes import role_of
+from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.leaves.largest import largest
 from jaxmodel.losses import Loss, default_loss
@@ -18,7 +20,9 @@ from jaxmodel.optim.zeros import Kept
 from jaxmodel.train.config import make_optimizer
 
 
-class Ticket(NamedTuple):
+@briefly
+@dataclasses.dataclass(frozen=True)
+class Ticket:
     """A network that was trained with some of its weights at zero.
 
     Attributes:

@@ -24,8 +24,9 @@ def hadamard(n: int) -> np.ndarray:
     Raises:
       InputError: none is known here for this size.
 
-    >>> hadamard(2).round(3).tolist()
-    [[0.707, 0.707], [0.707, -0.707]]
+    >>> print(hadamard(2).round(3))
+    [[ 0.707  0.707]
+     [ 0.707 -0.707]]
     """
     signs = _signs(n)
     if signs is None:

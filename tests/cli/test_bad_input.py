@@ -96,7 +96,7 @@ BAD = [
     ),
     (
         ["compress", "nowhere", "--recipe", "int8", "--rule", "head=rtm(8)", "--out", "{new}"],
-        "--rule: the rule 'head': method: 'rtm' is not known; allowed: compensate, ",
+        "--rule: the rule 'head': method: 'rtm' is not known; allowed: activations, ",
     ),
     (
         [

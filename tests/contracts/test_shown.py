@@ -22,7 +22,9 @@ import pytest
 
 from jaxmodel import compress, data, evaluate, hub, leaves, models, plan, report, train
 from jaxmodel.brief import brief
+from jaxmodel.compress.rounds import Round
 from jaxmodel.contrib.confident import LabelReport
+from jaxmodel.contrib.lottery import Ticket
 from jaxmodel.data.examples import Answers
 from jaxmodel.data.images import Images
 from jaxmodel.data.text import Text
@@ -64,6 +66,9 @@ HTML = {
 }
 """Those that a person looks at in a notebook. The others have a line."""
 LESS = {
+    "Aware",
+    "Kept",
+    "Transform",
     "Loss",
     "Bundle",
     "Guard",
@@ -153,9 +158,11 @@ def examples(folder) -> dict[str, object]:
         "Report": dataclasses.replace(
             done, leaves=({**done.leaves[0], "path": EVIL}, *done.leaves[1:])
         ),
+        "Round": Round(1, params, 10, 10),
         "Rows": report.Rows(rows),
         "Stream": data.Stream(arrays, batch_size=8),
         "Text": Text("a text of many words " * 9999 + EVIL, EVIL, EVIL, "0" * 64),
+        "Ticket": Ticket(0.5, state, rows),
         "Tokenizer": tokenizer,
         "TrainConfig": train.TrainConfig(steps=7),
         "TrainState": state,

@@ -240,7 +240,7 @@ Q, UP = (f"model.layers.0.{name}_proj.weight" for name in ("self_attn.q", "mlp.u
             _ours(_field(bits=2)),
             ["jaxmodel.json: the static fields", "leaves_sha256"],
         ),
-        ("llama-int4", _ours(_field(pad=0)), ["leaves_sha256"]),
+        ("llama-int4", _ours(_field(pad=2)), ["leaves_sha256"]),
         ("llama-int4", _ours(_field(activations="int8")), ["leaves_sha256"]),
         ("llama-mixed", _ours(lambda j: j["leaves"][UP].update(pattern=None)), ["leaves_sha256"]),
         ("llama-int4", _ours(_field(bits=3), signed=True), [repr(Q), "QTensor"]),
@@ -248,7 +248,7 @@ Q, UP = (f"model.layers.0.{name}_proj.weight" for name in ("self_attn.q", "mlp.u
         (
             "llama-int4",
             _ours(_field(pad=31), signed=True),
-            [repr(Q), "has shape [32, 33]", "needs [32, 32]"],
+            [repr(Q), "has shape [32, 1]", "needs [32, 32]"],
         ),
         ("llama-int4", _ours(_field(pad="1"), signed=True), [repr(Q)]),
         (
