@@ -19,7 +19,6 @@ NO_FEEDS = {
     "densenet": "all later layers read a layer",
     "lenet": "an activation is behind each convolution",
     "mlp": "an activation is behind each map",
-    "parallel": "the page does not declare any",
     "resnet": "an activation is behind each norm",
     "rnn": "its maps feed gates",
 }
@@ -38,7 +37,7 @@ NO_ROTATION = {
     "llama/tiny-olmo": f"'blocks/0/attn_post_norm/weight' {SCALES}",
     "modernbert": f"'embed_norm/weight' {SCALES}",
     "modernbert/tiny-embed": ORDER,
-    "parallel": f"'blocks/0/norm/weight' {SCALES}",
+    "parallel": f"'norm/weight' {SCALES}",
     "transformer": ORDER,
     "vit/tiny-attention": ORDER,
     "vit/tiny-dino": f"'blocks/0/attn_scale' {SCALES}",
@@ -73,8 +72,9 @@ def test_factors_and_rotations_change_nothing(case):
 
     assert bool(known.feeds) != (family in NO_FEEDS)
     if why:
-        with pytest.raises(InputError, match=why):
+        with pytest.raises(InputError, match=why) as refused:
             compress.transforms.Rotate().change(case.model, case.params, {}, jax.random.key(0))
+        assert str(refused.value).endswith("; give stream=False")
     if why and not known.feeds:
         return
     want = case.apply(case.params, case.inputs)

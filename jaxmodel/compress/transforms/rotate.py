@@ -183,7 +183,7 @@ def streams(
         if group.ordered:
             raise InputError(
                 f"{no}: the order of {name} is fixed by more than weights (fixed positions, or "
-                "activations that are the result){other}"
+                f"activations that are the result){other}"
             )
         axes: dict[str, int] = {}
         for member in group.members:
@@ -191,12 +191,12 @@ def streams(
             if axes.setdefault(path, member.axis) != member.axis:
                 raise InputError(
                     f"{no}: {path!r} has {name} on both sides, so it is more than a part of the "
-                    "stream{other}"
+                    f"stream{other}"
                 )
             if known.letters[path].role == "measured" or path in weights - norms:
                 raise InputError(
                     f"{no}: {path!r} scales each unit of {name}, and no leaf that Axes.feeds names "
-                    "reads only what it scales{other}"
+                    f"reads only what it scales{other}"
                 )
     return found, weights
 
