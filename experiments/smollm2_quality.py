@@ -17,7 +17,10 @@ Goals:    4 bits a row: >= 75 % of the gap closed, aim 85 %; 3 bits >= 88 %; Spa
           50 % and at 2:4, aim 85 %; the best 4-bit recipe of the whole model <= 5.1 bits a weight,
           the embedding included, at <= 8 % of perplexity, aim 4.6 bits and 3 %; 50 % and 4 bits
           together no worse than plain 3 bits.
-Measured: see RESULTS.md.
+Measured: the quick form only (490 s on a busy machine), all its goals met: of the loss of rtn at 4
+          bits a row (0.553 nats) gptq wins 77.6 % back, and 89.1 % behind a rotation; of that of
+          magnitude at 50 % (2.291 nats) sparsegpt 81.4 %; the whole model at 5.058 bits a weight
+          loses 5.0 % of perplexity. The full form has not been run.
 """
 
 from __future__ import annotations
