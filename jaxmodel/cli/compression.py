@@ -177,6 +177,20 @@ def _exception(rule: str) -> tuple[str, str]:
 # -------------------------------------------------------------------------------------- sensitivity
 
 
+def _scored(options: Sensitivity | Compare) -> tuple[Any, hub.Bundle, Any]:
+    """Return the text to score, the model, and the windows of the text."""
+    scored = data.load_text(options.data)
+    bundle = hub.from_pretrained(options.model)
+    windows, _ = resolved.windows(
+        scored,
+        hub.need_processor(bundle),
+        options.window,
+        options="--data, --window",
+        limit=options.max_windows,
+    )
+    return scored, bundle, windows
+
+
 def run_sensitivity(options: Sensitivity, folder: Any) -> dict[str, Any]:
     """Measure what each layer costs at each width."""
     if "{}" not in options.method:
@@ -188,15 +202,7 @@ def run_sensitivity(options: Sensitivity, folder: Any) -> dict[str, Any]:
         f"{bits} bits": compress.get_recipe(options.method.replace("{}", str(bits)))
         for bits in options.widths
     }
-    scored = data.load_text(options.data)
-    bundle = hub.from_pretrained(options.model)
-    windows, _ = resolved.windows(
-        scored,
-        hub.need_processor(bundle),
-        options.window,
-        options="--data, --window",
-        limit=options.max_windows,
-    )
+    scored, bundle, windows = _scored(options)
     folder.resolve(model=resolved.of_model(bundle.model), data=resolved.of_text(scored))
 
     def make(recipe: compress.Recipe) -> Callable[[], Any]:
@@ -239,15 +245,7 @@ def show_sensitivity(result: dict[str, Any], console: Any) -> None:
 
 def run_compare(options: Compare, folder: Any) -> dict[str, Any]:
     """Score a model beside others: bundles, and what recipes make of it."""
-    scored = data.load_text(options.data)
-    bundle = hub.from_pretrained(options.model)
-    windows, _ = resolved.windows(
-        scored,
-        hub.need_processor(bundle),
-        options.window,
-        options="--data, --window",
-        limit=options.max_windows,
-    )
+    scored, bundle, windows = _scored(options)
     made = {name: _version(bundle, name, options) for name in options.versions}
     if options.model in made:
         raise InputError(f"--versions: {options.model!r} is the model itself; allowed: others")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodel import losses, ops, tree
-from jaxmodel.compress.observe import Stats
+from jaxmodel.compress.observe import Stats, matrices
 from jaxmodel.data.augment.base import IGNORED
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import Compressed
@@ -61,24 +60,7 @@ def observe_gradients(
     >>> found["blocks/0-2/mlp/up"]["fisher"].shape
     (3, 64, 32)
     """
-    try:
-        regex = re.compile(paths)
-    except re.error as error:
-        raise InputError(f"paths: {paths!r} is not a regular expression: {error}") from None
-    layers = {
-        layer: bool(regex.fullmatch(layer))
-        for path in tree.flatten(params)
-        for layer in tree.layer_paths(path)
-    }
-    params = tree.split(params, layers)
-    leaves = tree.flatten(params)
-    wanted = [
-        path
-        for path, leaf in leaves.items()
-        if layers[tree.layer_paths(path)[0]] and len(tree.layer_shape(path, leaf)) >= 2
-    ]
-    if not wanted:
-        raise InputError(f"paths: {paths!r} matches no matrix; e.g. {', '.join(list(leaves)[:3])}")
+    params, wanted = matrices(params, paths)
     run = default if loss is None else loss
 
     @jax.jit

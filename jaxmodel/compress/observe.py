@@ -20,6 +20,36 @@ from jaxmodel.progress import progress
 type Stats = Mapping[str, Mapping[str, jax.Array]]
 
 
+def matrices(params: tree.Params, paths: str) -> tuple[tree.Params, list[str]]:
+    """Find the matrices whose layer paths match a regular expression.
+
+    Returns:
+      The params, with segments split where only some layers match, and the paths of the matrices.
+
+    Raises:
+      InputError: no regular expression, or one that matches no matrix.
+    """
+    try:
+        regex = re.compile(paths)
+    except re.error as error:
+        raise InputError(f"paths: {paths!r} is not a regular expression: {error}") from None
+    layers = {
+        layer: bool(regex.fullmatch(layer))
+        for path in tree.flatten(params)
+        for layer in tree.layer_paths(path)
+    }
+    params = tree.split(params, layers)
+    leaves = tree.flatten(params)
+    wanted = [
+        path
+        for path, leaf in leaves.items()
+        if layers[tree.layer_paths(path)[0]] and len(tree.layer_shape(path, leaf)) >= 2
+    ]
+    if not wanted:
+        raise InputError(f"paths: {paths!r} matches no matrix; e.g. {', '.join(list(leaves)[:3])}")
+    return params, wanted
+
+
 def observe(
     model: Model,
     params: tree.Params,
@@ -54,24 +84,9 @@ def observe(
       InputError: no matrix matches `paths`, there are no batches, or the input of a leaf was never
         computed.
     """
-    try:
-        regex = re.compile(paths)
-    except re.error as error:
-        raise InputError(f"paths: {paths!r} is not a regular expression: {error}") from None
-    layers = {
-        layer: bool(regex.fullmatch(layer))
-        for path in tree.flatten(params)
-        for layer in tree.layer_paths(path)
-    }
-    params = tree.split(params, layers)
+    params, wanted = matrices(params, paths)
     leaves = tree.flatten(params)
-    zeros = {
-        path: zeros_for(leaf.shape, statistics)
-        for path, leaf in leaves.items()
-        if layers[tree.layer_paths(path)[0]] and len(tree.layer_shape(path, leaf)) >= 2
-    }
-    if not zeros:
-        raise InputError(f"paths: {paths!r} matches no matrix; e.g. {', '.join(list(leaves)[:3])}")
+    zeros = {path: zeros_for(leaves[path].shape, statistics) for path in wanted}
 
     @jax.jit
     def measure(zeros: Stats, params: tree.Params, inputs: Inputs) -> Stats:

@@ -258,21 +258,7 @@ class QTensor(Compressed):
             self,
             f"pad is {self.pad}; it must be less than a group",
         )
-        if self.minimum is not None:
-            same = self.minimum.shape == s.shape and self.minimum.dtype == s.dtype
-            expect(same, self, "minimum differs from scale in shape or dtype")
-        expect(
-            self.activations in (None, "int8", *FLOATS),
-            self,
-            f"activations is {self.activations!r}; allowed: None, 'int8', 'e4m3', 'e5m2'",
-        )
-        if self.limit is not None:
-            expect(
-                self.activations is not None and self.limit.shape == (*p.shape[:-2], 1, 1),
-                self,
-                f"limit has shape {self.limit.shape}; {(*p.shape[:-2], 1, 1)} is needed, and "
-                "activations",
-            )
+        check_beside_codes(self)
 
 
 def unit_of(bits: int, form: str | None) -> int:
@@ -315,3 +301,26 @@ def _decode(leaf: QTensor, dtype: jnp.dtype) -> jax.Array:
     if leaf.minimum is not None:
         weight = weight + leaf.minimum[..., None].astype(jnp.float32)
     return weight.astype(dtype).reshape(*lead, n)[..., : leaf._in]
+
+
+def check_beside_codes(leaf: Any) -> None:
+    """Check what a leaf of codes has beside them: minimum, activations and limit.
+
+    Raises:
+      InputError: one that does not fit.
+    """
+    if leaf.minimum is not None:
+        same = leaf.minimum.shape == leaf.scale.shape and leaf.minimum.dtype == leaf.scale.dtype
+        expect(same, leaf, "minimum differs from scale in shape or dtype")
+    expect(
+        leaf.activations in (None, "int8", *FLOATS),
+        leaf,
+        f"activations is {leaf.activations!r}; allowed: None, 'int8', 'e4m3', 'e5m2'",
+    )
+    if leaf.limit is not None:
+        needed = (*leaf.packed.shape[:-2], 1, 1)
+        expect(
+            leaf.activations is not None and leaf.limit.shape == needed,
+            leaf,
+            f"limit has shape {leaf.limit.shape}; {needed} is needed, and activations",
+        )

@@ -20,7 +20,7 @@ from jaxmodel.leaves.leaf import (
     shards,
     static,
 )
-from jaxmodel.leaves.qtensor import FLOATS, QTensor
+from jaxmodel.leaves.qtensor import QTensor, check_beside_codes
 
 WIDTHS = (1, 2, 4)
 
@@ -154,14 +154,7 @@ class RowPacked(Compressed):
             self,
             f"pad is {self.pad}; it must be less than a group",
         )
-        if self.minimum is not None:
-            same = self.minimum.shape == s.shape and self.minimum.dtype == s.dtype
-            expect(same, self, "minimum differs from scale in shape or dtype")
-        expect(
-            self.activations in (None, "int8", *FLOATS),
-            self,
-            f"activations is {self.activations!r}; allowed: None, 'int8', 'e4m3', 'e5m2'",
-        )
+        check_beside_codes(self)
 
 
 @functools.partial(jax.jit, static_argnums=1)
