@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodel import compress, data, evaluate, hub, leaves, report, tree
-from jaxmodel.compress.transforms.transform import measured_on, transformed
+from jaxmodel.compress.transforms.transform import transformed
 from jaxmodel.progress import progress
 
 WINDOW = 512
@@ -153,7 +153,7 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
                     bundle.model,
                     bundle.params,
                     recipe.transforms,
-                    measured_on(batches),
+                    batches,
                 )
                 stats = compress.observe(
                     model, params, batches, "blocks/.*/(attn|mlp)/.*", ("gram", "square")

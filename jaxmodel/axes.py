@@ -106,6 +106,8 @@ class Axes:
       ordered: capital letters whose order is fixed by something other than the weights: always the
         vocabulary; `D` where the model returns activations or adds fixed positions; channels that a
         group norm divides into groups.
+      fixed: letters of units that may change places, but of which there are always as many as the
+        config says: the model's code takes their number from there.
       fused: names of leaves in one folder that read the same input and that the model's layers also
         accept as one leaf; see `layers.fuse`.
       feeds: where a positive factor of a unit may move: (pattern of leaves, pattern of others).
@@ -125,6 +127,7 @@ class Axes:
     sizes: tuple[tuple[str, int], ...] = ()
     shared: tuple[str, ...] = ("D", "V")
     ordered: tuple[str, ...] = ("V",)
+    fixed: tuple[str, ...] = ()
     fused: tuple[tuple[str, ...], ...] = ()
     feeds: tuple[tuple[str, str], ...] = ()
     norm_offset: float = 0.0
@@ -170,6 +173,7 @@ class Axes:
             rules=tuple(rules),
             sizes=tuple((other(letter), size) for letter, size in self.sizes),
             ordered=tuple(map(other, self.ordered)),
+            fixed=tuple(map(other, self.fixed)),
             feeds=tuple((f"{prefix}/(?:{a})", f"{prefix}/(?:{b})") for a, b in self.feeds),
         )
 
@@ -190,12 +194,14 @@ class Member(NamedTuple):
 class Group(NamedTuple):
     """A set of units and every place that holds them.
 
-    `ordered` means that permuting the units changes what the model computes.
+    `ordered` means that permuting the units changes what the model computes, `fixed` that none may
+    go: they are ordered, or the model needs them all.
     """
 
     letter: str
     size: int
     ordered: bool
+    fixed: bool
     members: tuple[Member, ...]
 
 
@@ -388,7 +394,11 @@ def groups(axes: Axes, params: tree.Params) -> dict[str, Group]:
                 start += math.prod(lengths)
     return {
         name: Group(
-            letter := name.split("/")[-1], sizes[name], _is_ordered(axes, letter), tuple(where)
+            letter := name.split("/")[-1],
+            sizes[name],
+            ordered := _is_among(letter, axes.ordered) or letter.islower(),
+            ordered or _is_among(letter, axes.fixed),
+            tuple(where),
         )
         for name, where in members.items()
     }
@@ -441,7 +451,7 @@ def narrower(axes: Axes, whole: tree.Params, params: tree.Params) -> dict[str, i
         if name in wanted and group.size != wanted[name].size
     }
     for name, size in fewer.items():
-        if wanted[name].ordered or size > wanted[name].size:
+        if wanted[name].fixed or size > wanted[name].size:
             path = there[name].members[0].path
             raise InputError(
                 f"params: {path!r} has {size} of {name}; the config needs {wanted[name].size}"
@@ -458,15 +468,15 @@ def shapes(axes: Axes, whole: tree.Params, fewer: Mapping[str, int]) -> tree.Par
       fewer: name of a group -> number of its units; see `narrower`.
 
     Raises:
-      InputError: the name of no group or of an ordered one, or more units than the config says.
+      InputError: the name of no group or of a fixed one, or more units than the config says.
     """
     known = groups(axes, whole)
     for name, size in fewer.items():
-        if name not in known or known[name].ordered or not 0 < size <= known[name].size:
+        if name not in known or known[name].fixed or not 0 < size <= known[name].size:
             most = (
                 f"1 to {known[name].size}"
-                if name in known and not known[name].ordered
-                else "unordered sets of units"
+                if name in known and not known[name].fixed
+                else "sets of units of which some may go"
             )
             raise InputError(f"narrow: {name!r}: {size} given; allowed: {most}")
     units = {name: jax.ShapeDtypeStruct((size,), jnp.int32) for name, size in fewer.items()}
@@ -504,8 +514,8 @@ def _spec(letters: Letters, placement: Sequence[tuple[str, str]]) -> PartitionSp
     return PartitionSpec(*taken)
 
 
-def _is_ordered(axes: Axes, letter: str) -> bool:
-    return letter.islower() or letter in axes.ordered or letter[0] in axes.ordered
+def _is_among(letter: str, letters: tuple[str, ...]) -> bool:
+    return letter in letters or letter[0] in letters
 
 
 def _shapes(params: tree.Params) -> dict[str, tuple[int, ...]]:

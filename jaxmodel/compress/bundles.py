@@ -16,7 +16,7 @@ from jaxmodel.compress.heldout import hold_out
 from jaxmodel.compress.recipe_file import to_record
 from jaxmodel.compress.recipes import Recipe, as_recipe
 from jaxmodel.compress.report import Report
-from jaxmodel.compress.transforms.transform import measured_on, transformed
+from jaxmodel.compress.transforms.transform import transformed
 from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle
 from jaxmodel.models.model import Inputs
@@ -61,8 +61,8 @@ def compress_bundle(
     if batches is None and order != "once":
         raise InputError(f"order: {order!r} given without batches; allowed: batches too")
     given = None if batches is None else list(batches)
-    measure = None if given is None else measured_on(hold_out(given, held_out)[0])
-    model, plain = transformed(bundle.model, bundle.params, recipe.transforms, measure, key)
+    seen = None if given is None else hold_out(given, held_out)[0]
+    model, plain = transformed(bundle.model, bundle.params, recipe.transforms, seen, key)
     rules = dataclasses.replace(recipe, transforms=())
     if given is None:
         params, done = apply(rules, plain, axes=model.axes, key=key, on_row=on_row)

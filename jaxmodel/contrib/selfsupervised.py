@@ -271,7 +271,8 @@ def _projected(model: Model, head: Model, tokens: int) -> Model:
     rules = tuple(
         (tree.optional(pattern), *rest) for pattern, *rest in (*of_head.rules, *own.rules)
     )
-    axes = Axes(rules, (*own.sizes, *of_head.sizes), own.shared, (*own.ordered, *of_head.ordered))  # pyright: ignore
+    ordered, fixed = (*own.ordered, *of_head.ordered), (*own.fixed, *of_head.fixed)
+    axes = Axes(rules, (*own.sizes, *of_head.sizes), own.shared, ordered, fixed)  # pyright: ignore
     again = lambda policy: _projected(model.with_policy(policy), head.with_policy(policy), tokens)
     parts = Parts(model.parts.embed, model.parts.block, top)
     return Model(

@@ -17,6 +17,7 @@ from jaxmodel import ops
 from jaxmodel.layers.fuse import cut, fused_key
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import Initializer
+from jaxmodel.leaves import decode
 from jaxmodel.ops.norms import on_last
 from jaxmodel.sharding import auto_axes, axes_of
 
@@ -27,8 +28,9 @@ class MoE(nn.Module):
     The sum is over the experts k that a router chooses for each token.
 
     A router chooses the experts (Shazeer et al., 2017; Mixtral: Jiang et al., 2024). No token is
-    dropped: the rows of all tokens are sorted by expert, however many each expert gets. Leaves:
-    router `[E, D]`, gate and up `[E, F, D]`, down `[E, D, F]`.
+    dropped: the rows of all tokens are sorted by expert, however many each expert gets. An expert
+    whose row of the router is zero is chosen for none, as if it were not there (unless all are).
+    Leaves: router `[E, D]`, gate and up `[E, F, D]`, down `[E, D, F]`.
 
     Attributes:
       experts: E of new leaves; existing leaves have their own.
@@ -70,9 +72,12 @@ class MoE(nn.Module):
         router = leaf(self, "router", self.initializer, (self.experts, x.shape[-1]))
         wide = dataclasses.replace(self.policy, compute_dtype="float32", activation_dtype="float32")
         scores = ops.einsum("BTD,ED->BTE", x, router, wide)
+        gone = _zero_rows(router)
         if self.bias:
             of_router = leaf(self, "router_bias", nn.initializers.zeros, (self.experts,))
             scores = scores + on_last(of_router.astype(jnp.float32), 3)
+            gone = gone & (of_router == 0)
+        scores = jnp.where(on_last(gone & ~jnp.all(gone), 3), -jnp.inf, scores)
         real = jnp.ones(x.shape[:2], jnp.bool_) if real is None else real
         mixed, expert = expert_parallel(
             self._choose, self._mixed, x, scores, real, self._leaves(x.shape[-1]), self.policy
@@ -157,6 +162,11 @@ class MoE(nn.Module):
         return run(
             self.activation(gate) * up if self.gated is None else self.gated(gate, up), "down"
         )
+
+
+def _zero_rows(router: Any) -> Bool[Array, " E"]:
+    weight = router.weight if isinstance(router, ops.Probe) else router
+    return jnp.all(decode(weight) == 0, axis=-1)
 
 
 def expert_parallel(

@@ -160,7 +160,7 @@ def _shapes(model: Any) -> tuple[tree.Params, list[set[str]]]:
         for path, leaf in tree.flatten(whole).items()
         if tree.BLOCKS not in path.split("/")
     }
-    sets = [group for group in axes.groups(model.axes, whole).values() if not group.ordered]
+    sets = [group for group in axes.groups(model.axes, whole).values() if not group.fixed]
     return whole, [
         {one.path for one in group.members if last.get(one.path) == one.axis} for group in sets
     ]

@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -38,7 +39,7 @@ from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.layers.moe import real_tokens
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, check_sizes, decoder_context, token_inputs
-from jaxmodel.models.parts import Parts, Windowed
+from jaxmodel.models.parts import Parts, Windowed, pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +167,14 @@ class Config(Windowed):
         if self.mlp_bias and self.experts:
             raise InputError("mlp_bias: True given for a model with experts, which have no biases")
         within("balance", self.balance, FROM_ZERO)
+
+    def of_layers(self, layers: Sequence[int]) -> Config:
+        """Return the config of the model that has only these layers, in this order."""
+        return dataclasses.replace(
+            super().of_layers(layers),
+            dense_layers=tuple(n for n, i in enumerate(layers) if i in self.dense_layers),
+            still=pattern(tuple(self.still[i % len(self.still)] for i in layers if self.still)),
+        )
 
     @property
     def expert_layers(self) -> int:
@@ -358,6 +367,7 @@ def axes(config: Config) -> Axes:
         sizes=(("h", config.head_width),),
         fused=GROUPS,
         feeds=(*block_feeds(norms_before=config.pre_norms, up=True), ("norm/weight", "head")),
+        fixed=("K", "G") if config.wide_qk_norm else (),  # all heads have one norm
         norm_offset=config.norm_offset,
     )
 

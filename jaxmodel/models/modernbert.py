@@ -161,6 +161,7 @@ def axes(config: Config) -> Axes:
         (("embed", "VD table"), *heads[config.head], *BLOCK_AXES),
         sizes=(("h", config.width // config.heads),),
         ordered=("V", "D") if config.head == "embed" else ("V",),
+        fixed=("F0",),  # the head normalises them
         fused=GROUPS,
         feeds=(
             *block_feeds(up=True),

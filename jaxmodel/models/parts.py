@@ -5,6 +5,7 @@ This is not an architecture: it has no `Config`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -92,6 +93,18 @@ class Parts(NamedTuple):
     head: Head
 
 
+def pattern(layers: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the values of the layers as the shortest pattern that repeats; () if all are empty.
+
+    >>> pattern((5, 5, 0, 5, 5, 0, 5)), pattern((False, False))
+    ((5, 5, 0), ())
+    """
+    if not any(layers):
+        return ()
+    repeats = lambda period: all(value == layers[i % period] for i, value in enumerate(layers))
+    return layers[: next(filter(repeats, range(1, len(layers))), len(layers))]
+
+
 class Windowed:
     """A config with windows of attention.
 
@@ -109,6 +122,12 @@ class Windowed:
         return tuple(
             self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.depth)
         )
+
+    def of_layers(self, layers: Sequence[int]) -> Any:
+        """Return the config of the model that has only these layers, in this order."""
+        windows = self.window_of_layers()
+        changes = {"depth": len(layers), "windows": pattern(tuple(windows[i] for i in layers))}
+        return dataclasses.replace(self, **changes)  # pyright: ignore
 
     def check_windows(self) -> None:
         """Raise InputError if a window is not a whole number of at least 0."""

@@ -89,7 +89,7 @@ def axes(config: Config) -> Axes:
 
     Each direction of an encoder layer has its own units, `C0` and `C1` in the first. Concatenated,
     they are the input of the next layer, and the units of the decoder layer that starts with their
-    state.
+    state. A cache holds the states of all layers side by side, so there are always as many.
     """
     gates = GATES[config.cell]
     both = [f"C{2 * i}+C{2 * i + 1}" for i in range(config.depth)]
@@ -111,7 +111,7 @@ def axes(config: Config) -> Axes:
         (tree.optional("blocks/.*/mix"), f"F0[{top}+{top}]"),
     )
     head = (("head", f"V[{top}]" if config.attention == "none" else "VF0"), ("head_bias", "V"))
-    return Axes((*rules, *reading, *head), (("g", gates),))
+    return Axes((*rules, *reading, *head), (("g", gates),), fixed=("C",))
 
 
 def _cell_axes(path: str, gates: str, before: str, own: str) -> list[Any]:

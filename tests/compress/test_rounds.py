@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import axes, compress, leaves, optim, tree
+from jaxmodel import compress, leaves, optim, tree
 from jaxmodel.errors import InputError
-from jaxmodel.models import llama, mlp
+from jaxmodel.models import mlp
 
 MODEL = mlp.model(mlp.Config(8, (16, 12), 3))
 PARAMS = MODEL.init(jax.random.key(0))
@@ -125,22 +125,6 @@ def test_layer_by_layer_measures_what_is_compressed_below():
     want = dense(params)
     for path, weight in dense(got).items():
         np.testing.assert_array_equal(weight, want[path])
-
-
-def test_a_masked_model_is_the_shrunk_model():
-    """Hidden units and groups of heads, those that the score chooses, differently in each layer."""
-    model = llama.model(llama.SIZES["tiny"])
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    params = jax.tree.map(lambda a: 0.3 * random(a.size, *a.shape), shapes)
-    tokens = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
-    scores = compress.prune.score_units(model.axes, params, "FK")
-    stay = compress.prune.choose_units(scores, 0.5)
-    masked = compress.prune.mask_units(model.axes, params, stay)
-    shrunk = axes.select(model.axes, params, stay)
-    assert tree.count(shrunk) < 0.9 * tree.count(params)
-    run = jax.jit(lambda params: model.apply(params, tokens).logits)
-    np.testing.assert_allclose(run(masked), run(shrunk), rtol=1e-4, atol=1e-4)
-    assert float(jnp.max(jnp.abs(run(masked) - run(params)))) > 1e-2
 
 
 def test_units_are_scored_by_all_that_holds_them():

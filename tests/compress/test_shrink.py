@@ -98,12 +98,8 @@ def test_an_expert_that_no_token_reached_is_not_missed():
     without = [{**leaves, down: leaves[down].at[i].set(0.0)} for i in range(4)]
     reached = [bool(jnp.any(run(tree.unflatten(one)) != want)) for one in without]
     assert sum(reached) == 2
-    activity = jnp.asarray(reached, jnp.float32)[:, None]
-    stats = {
-        path: {"square": activity * jnp.ones((1, leaves[path].shape[-1]))}
-        for path in ("blocks/0/moe/gate", "blocks/0/moe/up", down)
-    }
     shrink = compress.transforms.Shrink(0.5, units="E", score="activity")
+    stats = shrink.measure(model, params("moe"), [token])
     smaller, kept = shrink.change(model, params("moe"), stats, jax.random.key(0))
     assert smaller.config.experts == 2
     np.testing.assert_allclose(smaller.apply(kept, token).logits, want, atol=1e-5)
@@ -128,6 +124,25 @@ def test_a_stream_that_uses_fewer_units_is_sliced_without_loss():
     assert small.model.config.width == 24 and small.params["embed"].shape == (256, 24)
     got = jax.jit(small.model.apply)(small.params, TOKENS).logits
     np.testing.assert_allclose(got, want, atol=1e-3 * float(jnp.abs(want).max()))
+
+
+def test_the_layer_with_the_smallest_weights_goes(tmp_path):
+    small = tree.map_leaves(
+        lambda path, leaf: leaf.at[0].multiply(0.5) if path.endswith("/o") else leaf,
+        params("llama"),
+    )
+    bundle = hub.Bundle(MODELS["llama"], small, None, {"name": "small"})
+    recipe = compress.get_recipe("drop_layers(0.5, score='magnitude') ;")
+    shorter = compress.compress_bundle(bundle, recipe)[0]
+    assert shorter.model.config == dataclasses.replace(SMALL, depth=1)
+    layer = jax.tree.map(lambda leaf: leaf[1], small["blocks"]["0-1"])
+    chex.assert_trees_all_equal(shorter.params, {**small, "blocks": {"0": layer}})
+    shorter.save_pretrained(tmp_path / "one")
+    again = hub.from_pretrained(tmp_path / "one")
+    chex.assert_trees_all_equal(again.params, shorter.params)
+    assert again.model is shorter.model
+    with pytest.raises(InputError, match=r"batches: none given; 'drop_layers.*' needs change"):
+        compress.compress_bundle(bundle, compress.get_recipe("drop_layers() ;"))
 
 
 def test_what_a_family_does_not_have_is_named():

@@ -49,6 +49,9 @@ kind than that one's.
 """
 
 
+FAMILIES = [*(name for name in TINY if name.endswith("/tiny")), "llama/tiny-sparse"]
+"""For laws that compile a program for each of them: one of each family, and one with experts."""
+
 FORMS = ("clip/tiny", "llama/tiny", "llama/tiny-sparse", "resnet/tiny", "rnn/tiny", "t5/tiny")
 """For laws about code that all models share: two towers, stacked blocks, experts, convolutions,
 recurrence, and a text that is read and another that is written.
@@ -217,6 +220,12 @@ def kind(member) -> Case:
 
 
 @pytest.fixture
+def chosen(member) -> Case:
+    """One of each family: for costly laws about what members share."""
+    return member
+
+
+@pytest.fixture
 def form(member) -> Case:
     """One of each form: for laws about code that is one for all."""
     return member
@@ -235,12 +244,18 @@ def decoder(member) -> Case:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """All five are one fixture of the session, so that pytest runs the tests of a member, of all
+    """All six are one fixture of the session, so that pytest runs the tests of a member, of all
     files, one after the other.
     """
     if "member" in metafunc.fixturenames:
         decoders = [name for name in TINY if is_decoder(name)]
-        lists = {"kind": KINDS, "form": FORMS, "decoder": decoders, "cached": CACHED}
+        lists = {
+            "kind": KINDS,
+            "chosen": FAMILIES,
+            "form": FORMS,
+            "decoder": decoders,
+            "cached": CACHED,
+        }
         names = next(
             (names for fixture, names in lists.items() if fixture in metafunc.fixturenames), TINY
         )

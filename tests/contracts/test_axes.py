@@ -53,7 +53,7 @@ def test_units_that_go_are_gone_in_all_leaves(case):
     known = axes.groups(case.model.axes, case.params)
     before = tree.flatten(case.apart)
     for name, group in known.items():
-        if group.ordered or group.size < 4:
+        if group.fixed or group.size < 4:
             continue
         smaller = axes.shapes(
             case.model.axes, case.params, {name: group.size - 2}

@@ -1,9 +1,9 @@
-"""Pruning of whole units in all leaves that hold them: neurons, heads, experts, layers.
+"""Pruning of whole units in all leaves that hold them: neurons, heads, experts, channels.
 
 Which axes of which leaves are the same units is what `axes.groups` says of a model. Here units get
 a score, the highest are chosen, and the others are set to zero where they stand. A unit that is
-zero everywhere does nothing where zero in means zero out (hidden units, heads), so a model masked
-so computes what the one computes from which `axes.select` has removed them.
+zero everywhere does nothing, and an expert whose row of the router is zero is never chosen, so a
+model masked so computes what the one computes from which `axes.select` has removed them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def score_units(
       Name of a group -> `[units]`. Scores of one letter are comparable between layers.
 
     Raises:
-      InputError: the model has no unordered units of these letters, statistics are missing, or an
+      InputError: the model has no such units of which some may go, statistics are missing, or an
         unknown score.
     """
     tree.check(params)
@@ -155,15 +155,17 @@ def unit_groups(declared: Axes, params: tree.Params, letters: str) -> dict[str, 
     """Return the groups of units of some letters by name, of which any may go.
 
     Raises:
-      InputError: the model has no unordered units of these letters.
+      InputError: the model has no such units of which some may go.
     """
     every = axes.groups(declared, params)
-    known = {name: group for name, group in every.items() if not group.ordered}
+    known = {name: group for name, group in every.items() if not group.fixed}
     found = {name: group for name, group in known.items() if group.letter[0] in letters}
     if not found:
         there = sorted({group.letter[0] for group in known.values()})
+        needed = any(group.letter[0] in letters for group in every.values())
         raise InputError(
-            f"letters: {letters!r} given; allowed: some of {', '.join(there) or 'none'}"
+            f"letters: {letters!r} given{', of which this model needs all units' * needed}; "
+            f"allowed: some of {', '.join(there) or 'none'}"
         )
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import jax
@@ -31,6 +31,37 @@ class Transform(text_form.Member, kind="transform", example="rotate() ; smooth(0
         """Return the layer paths of the leaves whose inputs it wants statistics of."""
         return frozenset()
 
+    def measure(self, model: Model, params: tree.Params, batches: Sequence[Inputs] | None) -> Stats:
+        """Return the statistics that it wants, summed over batches.
+
+        Those of `needs`, of the inputs of `inputs`; a transform that wants others replaces this.
+
+        Args:
+          model: of the parameters.
+          params: stacked in any way.
+          batches: inputs of the model; None where there are none.
+
+        Raises:
+          InputError: it wants some, and there are no batches.
+        """
+        if not self.needs or not (paths := self.inputs(model, params)):
+            return {}
+        pattern = "|".join(map(re.escape, sorted(paths)))
+        return observe(model, params, self.given(batches), pattern, self.needs)
+
+    def given(self, batches: Sequence[Inputs] | None) -> Sequence[Inputs]:
+        """Return the batches.
+
+        Raises:
+          InputError: there are none.
+        """
+        if batches is None:
+            raise InputError(
+                f"batches: none given; {str(self)!r} needs {', '.join(self.needs)} of inputs; "
+                "give batches to compress_bundle"
+            )
+        return batches
+
     def change(
         self, model: Model, params: tree.Params, stats: Stats, key: jax.Array
     ) -> tuple[Model, tree.Params]:
@@ -39,7 +70,7 @@ class Transform(text_form.Member, kind="transform", example="rotate() ; smooth(0
         Args:
           model: of the parameters.
           params: stacked in any way.
-          stats: of `needs`, by path.
+          stats: what `measure` returned.
           key: for what is drawn.
 
         Raises:
@@ -82,27 +113,11 @@ def write_transforms(chain: Iterable[Transform]) -> str:
     return " ; ".join(map(str, chain))
 
 
-type Measure = Callable[[Model, tree.Params, frozenset[str], tuple[str, ...]], Stats]
-"""(model, params, layer paths, names of statistics) -> statistics of the inputs of these leaves."""
-
-
-def measured_on(batches: Sequence[Inputs]) -> Measure:
-    """Return a function that measures statistics on batches."""
-
-    def measure(
-        model: Model, params: tree.Params, paths: frozenset[str], names: tuple[str, ...]
-    ) -> Stats:
-        pattern = "|".join(map(re.escape, sorted(paths)))
-        return observe(model, params, batches, pattern, names)
-
-    return measure
-
-
 def transformed(
     model: Model,
     params: tree.Params,
     chain: Iterable[Transform],
-    measure: Measure | None = None,
+    batches: Sequence[Inputs] | None = None,
     key: jax.Array | None = None,
 ) -> tuple[Model, tree.Params]:
     """Apply transforms in order; each is measured on what the earlier ones made.
@@ -111,24 +126,17 @@ def transformed(
       model: of the parameters.
       params: stacked in any way.
       chain: transforms.
-      measure: called for each transform that wants statistics (see `measured_on`); None where none
-        can be measured.
+      batches: inputs of the model, for transforms that want statistics; None where there are none.
       key: for what is drawn; None for `jax.random.key(0)`.
 
     Raises:
-      InputError: the model's family does not allow a transform, or statistics cannot be measured.
+      InputError: the model's family does not allow a transform, or one wants statistics and there
+        are no batches.
     """
     tree.check(params)
     key = jax.random.key(0) if key is None else key
     for i, one in enumerate(chain):
-        stats: Stats = {}
-        if one.needs and (paths := one.inputs(model, params)):
-            if measure is None:
-                raise InputError(
-                    f"batches: none given; {str(one)!r} needs {', '.join(one.needs)} of inputs; "
-                    "give batches to compress_bundle"
-                )
-            stats = measure(model, params, paths, one.needs)
+        stats = one.measure(model, params, batches)
         own = rng.fold(jax.random.fold_in(key, i), text_form.name_of(type(one)))
         model, params = one.change(model, params, stats, own)
     return model, params

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from jaxmodel.errors import InputError
-from jaxmodel.hub.families.llama import pattern, scaling_from_hf, scaling_to_hf
+from jaxmodel.hub.families.llama import scaling_from_hf, scaling_to_hf
 from jaxmodel.hub.names import Family, Name, Tensors, fixed
 from jaxmodel.models import gpt_oss
+from jaxmodel.models.parts import pattern
 
 _LAYER = {
     "attn_norm/weight": "input_layernorm.weight",

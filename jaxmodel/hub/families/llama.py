@@ -16,6 +16,7 @@ from jaxmodel.hub.families.bert import activation, activation_to_hf
 from jaxmodel.hub.gguf import GGUFFile
 from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import llama
+from jaxmodel.models.parts import pattern
 from jaxmodel.ops import RopeScaling
 from jaxmodel.ops.rope import KINDS as ROPES, rope_frequencies
 
@@ -322,18 +323,6 @@ def windows_of(hf: dict[str, Any]) -> tuple[int, ...]:
         types = ["sliding_attention" if n else "full_attention" for n in near]
     windows = tuple(window if t == "sliding_attention" else 0 for t in types)
     return pattern(windows)
-
-
-def pattern(layers: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the values of the layers as the shortest pattern that repeats; () if all are empty.
-
-    >>> pattern((5, 5, 0, 5, 5, 0, 5)), pattern((False, False))
-    ((5, 5, 0), ())
-    """
-    if not any(layers):
-        return ()
-    repeats = lambda period: all(value == layers[i % period] for i, value in enumerate(layers))
-    return layers[: next(filter(repeats, range(1, len(layers))), len(layers))]
 
 
 def _kind(c: llama.Config) -> str | None:

@@ -19,9 +19,9 @@ from jaxmodel.hub.families.bert import (
     linear_names,
     norm_names,
 )
-from jaxmodel.hub.families.llama import pattern
 from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import modernbert
+from jaxmodel.models.parts import pattern
 
 _ARCHITECTURES = {
     "ModernBertForMaskedLM": "mlm",

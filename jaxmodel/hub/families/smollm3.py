@@ -9,6 +9,7 @@ from jaxmodel.errors import InputError
 from jaxmodel.hub.families import llama as of_llama
 from jaxmodel.hub.names import Family
 from jaxmodel.models import llama
+from jaxmodel.models.parts import pattern
 
 _HAS = {
     "max_position_embeddings": 32768,
@@ -36,7 +37,7 @@ def _from_hf(hf: dict[str, Any]) -> llama.Config:
     windows = of_llama.windows_of(hf | {"layer_types": types})
     return dataclasses.replace(
         of_llama.plain(hf | {"layer_types": None}, **_HAS),
-        still=of_llama.pattern(still),
+        still=pattern(still),
         windows=windows,
     )
 
