@@ -2,7 +2,9 @@
 
 Each batch is kept as the activations in front of the next block. A block is measured with them,
 compressed, and run, so there are never statistics of more than one block. What stands outside of
-the blocks is measured with the part of the model that it belongs to.
+the blocks is measured with the part of the model that it belongs to. There may be other stacks of
+layers among it, an encoder's or those of two towers; to have these one layer after another, what
+they are part of is run anew for each layer.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from jaxmodel.errors import InputError, one_of
 from jaxmodel.models import Model, check_params
 from jaxmodel.models.checks import check_inputs
 from jaxmodel.models.model import COUNTS, Inputs, begin, by_name, unpadded
+from jaxmodel.models.reads import Read, reads
 from jaxmodel.ops.probe import zeros_for
 from jaxmodel.progress import progress
 from jaxmodel.sharding import auto_axes
@@ -40,6 +43,7 @@ BUDGET = 2**30
 """Bytes of statistics that are measured in one pass over the batches."""
 
 type Leaves = Mapping[str, Any]
+type Turns = Mapping[str, int]  # layer path -> when it is compressed
 type Order = Literal["once", "sequential"]
 
 
@@ -70,7 +74,9 @@ def calibrate(
       order: "once": all statistics are those of the model as it is. "sequential": those of a block
         are of the model in which everything in front of it is compressed already, so that each
         block makes up for what was lost before; this runs each block twice. A table that is both
-        embedding and head, with a method that wants statistics, is compressed last.
+        embedding and head, with a method that wants statistics, is compressed last. Layers outside
+        of `params["blocks"]` (of an encoder, of towers) have their turn too; for each one the whole
+        encoder, or the whole model, is compiled and run anew.
       held_out: the part of the batches, the last ones (of a single batch, the last rows), that only
         judges what the others led to.
       cap: None, or how many times as long as the median an input may be (see `observe`).
@@ -99,7 +105,8 @@ def calibrate(
     check_params(model, params)
     recipe = as_recipe(recipe)
     by_block = model.parts.block is not None and tree.BLOCKS in params
-    if order == "sequential" and not by_block:
+    inner = any(f"/{tree.BLOCKS}/" in path for path in tree.flatten(params))
+    if order == "sequential" and not by_block and not inner:
         raise InputError("order: 'sequential' given for a model without blocks; allowed: 'once'")
     chains = chains_of(recipe, params, model.axes)
     for path, leaf in tree.flatten(params).items():  # before anything is measured
@@ -132,7 +139,10 @@ def calibrate(
         ],
         compress,
     )
-    out = _by_blocks(work, params) if by_block else _whole(work, params)
+    in_turn = order == "sequential" and inner
+    turns = _turns(chains, reads(model, params)) if in_turn else None
+    parts = tree.unstack(params) if in_turn else params
+    out = (_by_blocks if by_block else _whole)(work, parts, turns)
     result = tree.stack(tree.unflatten(out))
     judged = losses_of([(model, params), (recipe.adapt(model), result)], held, loss)
     protocol = {**protocol_of(kept, held), "order": order, "cap": cap}
@@ -170,27 +180,31 @@ class _Work(NamedTuple):
 # --------------------------------------------------------------------------------- part after part
 
 
-def _whole(work: _Work, params: tree.Params) -> dict[str, Any]:
+def _whole(work: _Work, params: tree.Params, turns: Turns | None) -> dict[str, Any]:
     """Return the leaves of a model that does not come in parts."""
     leaves = tree.flatten(tree.split(params, work.chains))
+    now = dict(leaves)
+    run = work.anew or work.run
     out = {}
-    for group in _groups(work, leaves):
-        measure = lambda spec, total, state: (work.run.whole(spec, total, leaves, state), None)
+    for group in _in_turn(work, leaves, turns):
+        measure = lambda spec, total, state: (run.whole(spec, total, now, state), None)
         out |= work.compress(group, *_summed(work, measure, group, work.batches)[:2])
+        now.update(out if work.anew else {})
     return {path: out[path] for path in leaves}
 
 
-def _by_blocks(work: _Work, params: tree.Params) -> dict[str, Any]:
+def _by_blocks(work: _Work, params: tree.Params, turns: Turns | None) -> dict[str, Any]:
     """Return the leaves: what is in front of the blocks, the blocks, what is behind them."""
     run = work.run
+    anew = work.anew or run
     blocks = params[tree.BLOCKS]
     rest = {name: node for name, node in params.items() if name != tree.BLOCKS}
     outside = tree.flatten(tree.split(rest, work.chains))
     now = dict(outside)  # as the next part sees them
     out: dict[str, Any] = {}
     behind = {}
-    for group in _groups(work, outside):
-        measure = lambda spec, total, state: (run.front(spec, total, outside, blocks, state), None)
+    for group in _in_turn(work, outside, turns):
+        measure = lambda spec, total, state: (anew.front(spec, total, now, blocks, state), None)
         stats, held, _ = _summed(work, measure, group, work.batches)
         here = {
             path: leaf
@@ -203,9 +217,8 @@ def _by_blocks(work: _Work, params: tree.Params) -> dict[str, Any]:
             if work.anew and not needs_of(work.chain(path)) and _used(stats, path, "taken"):
                 # behind the blocks it is done again, for the record of what it does as a head
                 now[path], _ = compress_leaf(path, group[path], work.chain(path))
-    now |= out if work.anew else {}
-    start = (work.anew or run).start
-    states = [_Batch(start(now, blocks, batch.state), batch.held) for batch in work.batches]
+        now.update(out if work.anew else {})
+    states = [_Batch(anew.start(now, blocks, batch.state), batch.held) for batch in work.batches]
 
     for number in progress(range(tree.depth(blocks)), "compress"):
         at = f"{tree.BLOCKS}/{number}/"
@@ -215,9 +228,7 @@ def _by_blocks(work: _Work, params: tree.Params) -> dict[str, Any]:
         done: dict[str, Any] = {}
         after: list[Any] = []
         for group in _groups(work, leaves):
-            measure = functools.partial(
-                _measure_block, run if not work.anew else work.anew, at, layer, i
-            )
+            measure = functools.partial(_measure_block, anew, at, layer, i)
             stats, held, after = _summed(work, measure, group, states)
             done |= work.compress(group, stats, held)
         out |= done
@@ -233,6 +244,36 @@ def _by_blocks(work: _Work, params: tree.Params) -> dict[str, Any]:
         rows = [_Batch(row, held) for (x, _), held in states for row in _rows(x)]
         out |= work.compress(group, *_summed(work, measure, group, rows)[:2])
     return out
+
+
+def _turns(chains: Mapping[str, Chain], found: Mapping[str, Read]) -> Turns:
+    """Return the turn of each layer path: after all whose compression changes what it meets.
+
+    The leaves of a layer have one turn, and so have layers of which none is in front of the other.
+
+    Args:
+      chains: by layer path.
+      found: from `reads`.
+    """
+    together: dict[str, list[str]] = {}
+    for path in chains:
+        stack, inside, rest = path.rpartition(f"{tree.BLOCKS}/")
+        key = f"{stack}{inside}{rest.partition('/')[0]}" if inside else path
+        together.setdefault(key, []).append(path)
+    front = lambda path: found[path].always if path in found else frozenset()
+    turns: dict[str, int] = {}
+    for paths in sorted(together.values(), key=lambda paths: max(len(front(p)) for p in paths)):
+        before = set().union(*map(front, paths)) - set(paths)
+        turn = max((turns.get(path, 0) + bool(chains.get(path)) for path in before), default=0)
+        turns |= dict.fromkeys(paths, turn)
+    return turns
+
+
+def _in_turn(work: _Work, leaves: Leaves, turns: Turns | None) -> Iterator[dict[str, Any]]:
+    """Cut leaves into groups by their turn, and so that their statistics fit into the budget."""
+    of = lambda path: turns[tree.layer_paths(path)[0]] if turns else 0
+    for turn in sorted(set(map(of, leaves))):
+        yield from _groups(work, {path: leaves[path] for path in leaves if of(path) == turn})
 
 
 def _used(stats: Stats, path: str, name: str) -> bool:

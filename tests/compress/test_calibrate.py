@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jaxmodel.compress.recipes import ByRole
 from jaxmodel.compress.stats import usable
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import Turned, decode
-from jaxmodel.models import bert, gpt2, lenet, llama, mlp
+from jaxmodel.models import bert, clip, gpt2, lenet, llama, mlp, t5
 from jaxmodel.ops.probe import zeros_for
 
 TINY = {
@@ -31,6 +32,18 @@ MODELS = {
     name: module.model(dataclasses.replace(config, depth=2))
     for name, (module, config) in TINY.items()
 }
+UPS = [(".*/mlp/up", "wanda(0.5)"), (".*", "")]
+_T5 = dataclasses.replace(t5.SIZES["tiny"], depth=1, encoder_depth=2)
+_CLIP = clip.SIZES["tiny"]
+_TOWERS = {"text": 1, "image": 2}
+_SHORT = {k: dataclasses.replace(getattr(_CLIP, k), depth=depth) for k, depth in _TOWERS.items()}
+STACKS = {
+    "t5": (t5.model(_T5), ["encoder/blocks/0", "encoder/blocks/1", "blocks/0"]),
+    "clip": (
+        clip.model(dataclasses.replace(_CLIP, **_SHORT)),
+        ["(text|image)/blocks/0", "image/blocks/1"],
+    ),
+}
 LENET = lenet.model(lenet.SIZES["tiny"])
 CHAINS = ByRole(compress.parse("wanda(0.5) | rtn(4)"), compress.parse("rtn(8)"))
 RECIPE = Recipe(((".*", CHAINS),))
@@ -39,7 +52,12 @@ GPTQ = [("blocks/.*/(up|o)", "gptq(3)"), (".*", "")]
 
 def inputs(model, seed, rows=2):
     rng = np.random.default_rng(seed)
-    one = lambda a: jnp.asarray(rng.integers(0, model.config.vocab, a.shape), a.dtype)
+
+    def one(a):
+        whole = jnp.issubdtype(a.dtype, jnp.integer)
+        drawn = rng.integers(0, model.config.vocab, a.shape) if whole else rng.normal(size=a.shape)
+        return jnp.asarray(drawn, a.dtype)
+
     return {name: one(a) for name, a in model.inputs(rows, 8).items()}
 
 
@@ -70,8 +88,8 @@ def same(got, want):
         assert np.mean(off) <= 0.02, path
 
 
-def measured(model):
-    """Return a function of plain params: the squares of the inputs of all matrices, by probes."""
+def measured(model, paths=".*"):
+    """Return a function of plain params: the squares of the inputs of matrices, by probes."""
 
     @jax.jit
     def measure(params, inputs):
@@ -79,7 +97,7 @@ def measured(model):
         zeros = {
             path: zeros_for(leaf.shape, ["square"])
             for path, leaf in leaves.items()
-            if leaf.ndim > 1
+            if leaf.ndim > 1 and re.fullmatch(paths, path)
         }
         run = lambda zeros: model.apply(probed(params, zeros), inputs).logits.sum()
         return jax.grad(run)(zeros)
@@ -103,6 +121,23 @@ def test_sequential_is_one_part_after_another_by_hand(name):
         hand, _ = compress.apply([(part, CHAINS), (".*", "")], hand, stats, model.axes)
         hand = dense(hand)
     same(done(name, "sequential")[0], hand)
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_layers_of_encoders_and_towers_have_their_turns(name):
+    model, parts = STACKS[name]
+    params, batch = jax.jit(model.init)(jax.random.key(0)), inputs(model, 0)
+    small, _ = compress.calibrate(model, params, UPS, [batch], order="sequential", held_out=0.0)
+    measure = measured(model, ".*/mlp/up")
+    hand = tree.unstack(params)
+    once, _ = compress.apply(UPS, hand, measure(hand, batch))
+    for part in parts:
+        hand, _ = compress.apply(
+            [(f"{part}/mlp/up", UPS[0][1]), UPS[1]], hand, measure(hand, batch)
+        )
+        hand = tree.map_leaves(lambda _, leaf: decode(leaf), tree.unstack(hand))
+    same(small, hand)
+    assert any(np.any(leaf != plain(small)[path]) for path, leaf in plain(once).items())
 
 
 def test_once_is_with_the_statistics_of_the_model_as_it_is():
