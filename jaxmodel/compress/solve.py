@@ -30,13 +30,11 @@ class Hessian(NamedTuple):
       factor: upper triangular U with `U^T U = H^-1`.
       damping: as a fraction of the mean of the diagonal; larger than asked for where H was not
         positive definite.
-      dead: `[in]`: the inputs that were always zero.
     """
 
     matrix: Float[Array, "in in"]
     factor: Float[Array, "in in"]
     damping: Float[Array, ""]
-    dead: Bool[Array, " in"]
 
 
 def hessian(gram: Float[Array, "in in"], count: Array, damping: float = 0.01) -> Hessian:
@@ -63,7 +61,7 @@ def hessian(gram: Float[Array, "in in"], count: Array, damping: float = 0.01) ->
     more = lambda state: (factor(state[1] * 10), state[1] * 10)
     first = jnp.maximum(jnp.float32(damping), 1e-6)
     upper, used = jax.lax.while_loop(bad, more, (factor(first), first))
-    return Hessian(mean + used * size * eye, upper, used, dead)
+    return Hessian(mean + used * size * eye, upper, used)
 
 
 def inverse_factor(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:

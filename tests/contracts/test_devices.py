@@ -469,6 +469,7 @@ BY_ROWS = (
     "rtn(4)",
     "gptq(4)",
     "sparsegpt(0.5)",
+    "obs(0.5)",
     "wanda(0.5) | gptq(4)",
 )
 """Chains whose rows meet in counts at most, so that no device sends its weights."""
