@@ -451,5 +451,6 @@ def fake(
     Bengio et al., 2013). Of the key, all matrices get the same draws.
     """
     run = lambda weight, stats: opened(chain, weight, stats, key).dense()
-    dense = _each(run, weight.ndim - 2)(weight, stats)
-    return weight + jax.lax.stop_gradient(dense.astype(weight.dtype) - weight)
+    still = jax.lax.stop_gradient(weight)
+    dense = _each(run, weight.ndim - 2)(still, stats)
+    return weight + jax.lax.stop_gradient(dense.astype(weight.dtype) - still)

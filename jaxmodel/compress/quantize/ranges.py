@@ -172,8 +172,7 @@ class Power(Search):
 
     def cost(self, groups: Groups, grid: Grid) -> Float[Array, "out groups"]:
         """Return what a grid costs."""
-        off = jnp.abs(groups.rounded(grid) - groups.values)
-        return groups.mean(off**self.p)
+        return groups.mean(_power(groups.rounded(grid) - groups.values, self.p))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,17 +223,19 @@ class Gibbs(Search):
         off = groups.rounded(grid) - groups.values
         top = 2 ** (groups.bits - 1) - 1
         least, most = (-top - 1, top) if groups.symmetric else (0, 2**groups.bits - 1)
-        # further ones have no weight: even at 2 bits and T = 1 that of 16 steps is below 1e-30
-        reach = min(most - least, 16)
+        # of a weight inside the range, what is k steps off has at most exp(-k (k - 1) scale^2 / T),
+        # and of one outside less; below exp(-20) it does not count
+        needed = 1 + jnp.sqrt(20 * jnp.max(heat / scale**2))
+        reach = jnp.minimum(jnp.ceil(needed), most - least).astype(jnp.int32)
 
-        def one(sums: tuple[Array, Array], step: Array) -> tuple[tuple[Array, Array], None]:
+        def one(step: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
             error = (off + step.astype(jnp.float32) * scale) ** 2
             weight = jnp.exp((off**2 - error) / heat)
             weight = jnp.where((codes + step >= least) & (codes + step <= most), weight, 0.0)
-            return (sums[0] + weight, sums[1] + weight * error), None
+            return sums[0] + weight, sums[1] + weight * error
 
         zeros = (jnp.zeros_like(off), jnp.zeros_like(off))
-        (total, expected), _ = jax.lax.scan(one, zeros, jnp.arange(-reach, reach + 1))
+        total, expected = jax.lax.fori_loop(-reach, reach + 1, one, zeros)
         return groups.mean(expected / total)
 
 
@@ -306,7 +307,7 @@ class Hqq(RangeRule):
         start: Any = (wide(first.scale), wide(first.minimum))
 
         def cost(grid: Grid) -> Float[Array, "out groups"]:
-            return groups.mean(jnp.abs(groups.rounded(grid) - groups.values) ** self.p)
+            return groups.mean(_power(groups.rounded(grid) - groups.values, self.p))
 
         def step(state: Any, i: Array) -> tuple[Any, None]:
             (scale, minimum), best, least = state
@@ -316,7 +317,8 @@ class Hqq(RangeRule):
             off = (groups.values - groups.rounded(grid)) / scale[..., None]
             size = jnp.maximum(jnp.abs(off), 1e-6)
             strength = 10.0 * 1.01 ** i.astype(jnp.float32)
-            outlier = jnp.sign(off) * jnp.maximum(size - size ** (self.p - 1) / strength, 0.0)
+            less = _power(size, self.p - 1) / strength
+            outlier = jnp.sign(off) * jnp.maximum(size - less, 0.0)
             rest = groups.values - outlier * scale[..., None]
             if minimum is None:
                 new = groups.mean(rest * codes) / jnp.maximum(groups.mean(codes**2), 1e-30)
@@ -332,6 +334,11 @@ class Hqq(RangeRule):
         found, _ = jax.lax.scan(step, begin, jnp.arange(self.steps))
         scale, minimum = found[1]
         return groups.steps(scale, minimum)
+
+
+def _power(values: Float[Array, "..."], p: float) -> Float[Array, "..."]:
+    """Return `|values|^p`; on a CPU this is several times as fast as `**`."""
+    return jnp.exp(p * jnp.log(jnp.maximum(jnp.abs(values), 1e-30)))
 
 
 def codes_of(grid: Grid, values: Float[Array, "out groups n"]) -> Int[Array, "out groups n"]:
