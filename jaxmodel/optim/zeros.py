@@ -38,12 +38,14 @@ class Kept(NamedTuple):
       count: the number of updates made.
       masks: of each pruned leaf, at its path: bool, true for the weights that are kept.
       movement: of each pruned leaf the sum of `-w dL/dw`, if the masks follow from it, else empty.
+      pruned: beside it, the values that pruned weights had and that may come back.
     """
 
     inner: Any
     count: Any
     masks: tree.Params
     movement: tree.Params
+    pruned: tree.Params
 
 
 def kept(state: Any) -> Kept:
@@ -116,7 +118,9 @@ def prune_gradually(
       every: the number of updates from one to the next.
       power: 3 prunes fast at first; 1 evenly.
       by: "magnitude" prunes the smallest weights; "movement" those that training moves towards
-        zero, by the sum of `-w dL/dw` so far (Sanh et al., 2020). What is pruned stays so.
+        zero, by the sum of `-w dL/dw` so far (Sanh et al., 2020). There the sum of a pruned weight
+        goes on with the value that it had, and with that it comes back when its sum is high enough
+        at a later change; so the state has a copy of these values. By magnitude it stays pruned.
       roles: see `keep`.
 
     Raises:
@@ -147,7 +151,8 @@ def prune_gradually(
                 goal = jnp.asarray(goals[path], jnp.float32) * share
                 whole = math.prod(mask.shape[-2:])
                 left = whole - jnp.round(whole * goal).astype(jnp.int32)
-                out[path] = mask & largest(jnp.where(mask, size, -jnp.inf), left, axes=2)
+                free = mask if by == "magnitude" else jnp.ones_like(mask)
+                out[path] = free & largest(jnp.where(free, size, -jnp.inf), left, axes=2)
             return out
 
         return jax.lax.cond(due, pruned, lambda: masks)
@@ -318,9 +323,11 @@ def _masked(
     def init(params: Any) -> Any:
         masks = begin(params)
         moved = {path: jnp.zeros(mask.shape, jnp.float32) for path, mask in masks.items()}
-        inner = optimizer.init(params)
+        leaves = tree.flatten(params)
+        away = {path: jnp.zeros_like(leaves[path]) for path in masks}
+        of_movement = (tree.unflatten(of if movement else {}) for of in (moved, away))
         zero = jnp.zeros((), jnp.int32)
-        return Kept(inner, zero, tree.unflatten(masks), tree.unflatten(moved if movement else {}))
+        return Kept(optimizer.init(params), zero, tree.unflatten(masks), *of_movement)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
@@ -332,7 +339,9 @@ def _masked(
         grads = {path: leaf for path, leaf in tree.flatten(updates).items() if path in old}
         moved = tree.flatten(state.movement)
         wide = lambda array: array.astype(jnp.float32)
-        moved = {path: m - wide(now[path]) * wide(grads[path]) for path, m in moved.items()}
+        away = tree.flatten(state.pruned)
+        values = {path: jnp.where(old[path], now[path], away[path]) for path in away}
+        moved = {path: m - wide(values[path]) * wide(grads[path]) for path, m in moved.items()}
         new = revise(state.count, old, moved, grads, now)
         held = {path: jnp.where(new[path], g, jnp.zeros((), g.dtype)) for path, g in grads.items()}
         steps: Any
@@ -341,12 +350,14 @@ def _masked(
         def exact(path: str, step: Any) -> Any:
             if path not in new:
                 return step
-            # what is new, and what is not kept, ends at zero whatever it was
-            return jnp.where(new[path] & old[path], step, -now[path].astype(step.dtype))
+            # what is not kept ends at zero whatever it was, what is new where it was or at zero
+            zero = jnp.zeros((), now[path].dtype)
+            end = jnp.where(new[path], values.get(path, zero), zero)
+            return jnp.where(new[path] & old[path], step, (end - now[path]).astype(step.dtype))
 
-        masks = tree.unflatten(new)
-        state = Kept(inner, state.count + jnp.int32(1), masks, tree.unflatten(moved))
-        return tree.map_leaves(exact, steps), state
+        away = {path: jnp.where(new[path], 0, value) for path, value in values.items()}
+        of_masks = map(tree.unflatten, (new, moved, away))
+        return tree.map_leaves(exact, steps), Kept(inner, state.count + jnp.int32(1), *of_masks)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

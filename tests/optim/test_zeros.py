@@ -127,6 +127,41 @@ def test_movement_prunes_what_moves_towards_zero():
     np.testing.assert_allclose(params["w"], want, rtol=1e-5, atol=1e-6)
 
 
+def test_what_movement_prunes_comes_back_with_the_value_it_had():
+    """By NumPy, of a quadratic loss: each weight is drawn to a goal that changes in the middle."""
+    w = np.asarray(PARAMS["out"]["w"])
+    goals = np.where(np.arange(12)[:, None, None] < 4, 0.0, np.asarray(random(9, 4, 32)) + 3 * w)
+    options = {"begin": 2, "end": 11, "every": 3, "by": "movement"}
+    optimizer = optim.prune_gradually(optax.sgd(0.1), 0.5, **options)
+
+    @jax.jit
+    def all_of(params):
+        def step(carry, goal):
+            params, opt = carry
+            updates, opt = optimizer.update({"w": params["w"] - goal}, opt, params)
+            params = optax.apply_updates(params, updates)
+            return (params, opt), (params["w"], opt.masks["w"])
+
+        start = params, optimizer.init(params)
+        return jax.lax.scan(step, start, jnp.asarray(goals, jnp.float32))[1]
+
+    got, masks = map(np.asarray, all_of({"w": PARAMS["out"]["w"]}))
+    value, mask, moved, back = w.astype(np.float64), np.ones(w.shape, bool), np.zeros(w.shape), 0
+    for t, goal in enumerate(goals):
+        grad = np.where(mask, value, 0) - goal
+        moved -= value * grad
+        new = mask
+        if t in (2, 5, 8, 11):
+            left = 128 - round(64 * (1 - (1 - (t - 2) / 9) ** 3))
+            new = moved >= np.sort(moved, axis=None)[-left]
+        back += np.sum(new & ~mask)
+        value = np.where(mask & new, value - 0.1 * grad, value)
+        mask = new
+        np.testing.assert_array_equal(masks[t], mask)
+        np.testing.assert_allclose(got[t], np.where(mask, value, 0), rtol=1e-4, atol=1e-6)
+    assert back > 5
+
+
 @pytest.mark.parametrize("grow", ["gradient", "random"])
 def test_rewiring_conserves_the_number_of_connections(grow):
     optimizer = optim.rewire(
