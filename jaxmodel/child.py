@@ -117,7 +117,8 @@ def tried(kind: str, path: str | Path, what: str, **more: Any) -> None:
     """
     seconds = limits().file_seconds * max(os.path.getsize(path) / 2**28, 1)
     memory = int(limits().file_memory)
-    said = READER.ask([kind, str(path), more], seconds, memory)
+    # the child may have been started in another folder
+    said = READER.ask([kind, os.path.abspath(path), more], seconds, memory)
     if said is None:
         most = (
             f"{seconds:g} seconds and {memory / 2**30:g} GiB ({way('file_seconds', 'file_memory')})"

@@ -163,6 +163,15 @@ def test_a_trial_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert read(tmp_path).encode("abc") == [0, 1, 2]
 
 
+def test_the_process_that_tries_follows_into_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "tokenizer").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / name)
+        assert read(Path("tokenizer")).encode("abc") == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     "name", ["tokenizer.json", "vocab.txt", "merges.txt", "tokenizer.model", "added_tokens.json"]
 )
