@@ -23,6 +23,7 @@ from jaxmodel.errors import InputError
 from jaxmodel.leaves import BlockSparse, Codebook, Compressed, QTensor, Sparse, Turned
 from jaxmodel.leaves.block_sparse import cut
 from jaxmodel.leaves.hadamard import turn
+from jaxmodel.leaves.largest import most_kept
 from jaxmodel.leaves.leaf import register, static
 from jaxmodel.leaves.packing import pack, pad_last
 from jaxmodel.leaves.qtensor import FLOATS, TERNARY
@@ -278,7 +279,7 @@ def store(draft: Draft) -> Any:
         return leaf
     n = draft.kept
     if draft.keep is not None and n is None:
-        n = max(1, int(jnp.max(jnp.sum(draft.keep, axis=-1))))
+        n = max(1, int(most_kept(draft.keep)))
     leaf = _stored(draft, n)
     if isinstance(leaf, Compressed):
         leaf.check()
@@ -288,11 +289,18 @@ def store(draft: Draft) -> Any:
 def _blocks(draft: Draft) -> Any:
     """Return a draft as a `BlockSparse`, or None where not all of a block is kept."""
     block = draft.block or (1, 1)
-    tiles = cut(draft.keep, block)
-    some = jnp.any(tiles, axis=(-2, -1))
-    if not bool(jnp.all(some == jnp.all(tiles, axis=(-2, -1)))):
+    some, whole = _whole(draft.keep, block)
+    if not bool(whole):
         return None
     return _turned(BlockSparse.from_dense(draft.weight, some, block=block), draft)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _whole(keep: Array, block: tuple[int, int]) -> tuple[Array, Array]:
+    """Return which blocks keep a weight, and whether these keep all of them."""
+    tiles = cut(keep, block)
+    some = jnp.any(tiles, axis=(-2, -1))
+    return some, jnp.all(some == jnp.all(tiles, axis=(-2, -1)))
 
 
 def _turned(leaf: Any, draft: Draft) -> Any:
@@ -434,12 +442,44 @@ def run_chain(
                     f"observe(..., statistics=[{name!r}])"
                 )
     own = {name: stats[name] for name in wanted if name in stats}
+    made = draft_of.eval_shape(chain, leaf, own, keys)
+    if made.changed and (made.keep is None or (made.kept is not None and made.block is None)):
+        small, notes = stored_of(chain, leaf, own, keys)
+        if isinstance(small, Compressed):
+            small.check()
+        return small, notes
+    if not made.changed and not made.notes:
+        return leaf, {}  # not even the dtype changes
     draft = draft_of(chain, leaf, own, keys)
     if not draft.changed:
-        return leaf, draft.notes  # not even the dtype changes
-    if draft.grid is None:
-        draft = dataclasses.replace(draft, weight=draft.weight.astype(leaf.dtype))
-    return store(draft), draft.notes
+        return leaf, draft.notes
+    return store(_narrowed(draft, leaf)), draft.notes
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def stored_of(
+    chain: tuple[Any, ...], leaf: Any, stats: LeafStats, keys: jax.Array
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Run a chain on a leaf and store it, where how many weights a row keeps is known before.
+
+    Args:
+      chain: methods, in order.
+      leaf: with any number of leading axes.
+      stats: as for `draft_of`.
+      keys: as for `draft_of`.
+
+    Returns:
+      The compressed leaf and the notes of its methods.
+    """
+    draft = draft_of(chain, leaf, stats, keys)
+    return _stored(_narrowed(draft, leaf), draft.kept), draft.notes
+
+
+def _narrowed(draft: Draft, leaf: Any) -> Draft:
+    """Return the draft of a leaf in that leaf's dtype, if it is not rounded."""
+    if draft.grid is not None:
+        return draft
+    return dataclasses.replace(draft, weight=draft.weight.astype(leaf.dtype))
 
 
 def fake(

@@ -56,7 +56,7 @@ def observe_gradients(
     >>> from jaxmodel.models import llama
     >>> model = llama.model(llama.SIZES["tiny"])
     >>> tokens = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
-    >>> found = observe_gradients(model, model.init(jax.random.key(0)), [tokens], ".*/up")
+    >>> found = observe_gradients(model, jax.jit(model.init)(jax.random.key(0)), [tokens], ".*/up")
     >>> found["blocks/0-2/mlp/up"]["fisher"].shape
     (3, 64, 32)
     """
@@ -74,30 +74,35 @@ def observe_gradients(
 
         return jax.grad(mean)(zeros)
 
-    @jax.jit
-    def add(total: Stats, found: dict[str, jax.Array]) -> Stats:
-        return {
-            path: {GRADIENT: of[GRADIENT] + found[path], FISHER: of[FISHER] + found[path] ** 2}
-            for path, of in total.items()
-        }
-
     check_params(model, params)
     total: Stats | None = None
     for batch in progress(batches, "gradients"):
         found = gradient(params, batch)
-        if total is None:
-            total = {path: {GRADIENT: g, FISHER: g**2} for path, g in found.items()}
-        else:
-            total = add(total, found)
+        total = _with_squares(found) if total is None else _added(total, found)
     if total is None:
         raise InputError("batches: none given; allowed: at least one")
-    for path, found in total.items():
-        if not np.isfinite(np.asarray(jnp.sum(found[FISHER]))):
+    for path, size in _sizes(total).items():
+        if not np.isfinite(np.asarray(size)):
             raise InputError(
                 f"observe_gradients: the gradient of {path!r} is not finite; a weight or a batch "
                 "contains NaN or infinity"
             )
     return total
+
+
+@jax.jit
+def _with_squares(found: dict[str, jax.Array]) -> Stats:
+    return {path: {GRADIENT: g, FISHER: g**2} for path, g in found.items()}
+
+
+@jax.jit
+def _added(total: Stats, found: dict[str, jax.Array]) -> Stats:
+    return jax.tree.map(jnp.add, total, _with_squares(found))
+
+
+@jax.jit
+def _sizes(total: Stats) -> dict[str, jax.Array]:
+    return {path: jnp.sum(of[FISHER]) for path, of in total.items()}
 
 
 def _moved(leaf: Any, zeros: jax.Array) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -85,26 +86,16 @@ def observe(
         computed.
     """
     params, wanted = matrices(params, paths)
-    leaves = tree.flatten(params)
-    zeros = {path: zeros_for(leaves[path].shape, statistics) for path in wanted}
-
-    @jax.jit
-    def measure(zeros: Stats, params: tree.Params, inputs: Inputs) -> Stats:
-        def loss(zeros: Stats) -> jax.Array:
-            return jnp.sum(model.apply(probed(params, zeros, cap), inputs).logits)
-
-        return jax.grad(loss)(zeros)
-
     check_params(model, params)
     check_cap(cap)
     total: Stats | None = None
     for inputs in progress(batches, "observe"):
-        found = measure(zeros, params, inputs)
-        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        found = _measured(model, tuple(wanted), tuple(statistics), cap, params, inputs)
+        total = found if total is None else _added(total, found)
     if total is None:
         raise InputError("batches: none given; allowed: at least one")
     for path, found in total.items():
-        if not np.any(np.asarray(found["count"] + found["taken"]) > 0):
+        if not any(np.any(np.asarray(found[name]) > 0) for name in ("count", "taken")):
             raise InputError(
                 f"observe: the leaf {path!r} was never used (count 0); the output must depend on "
                 "it, and not through an argmax alone"
@@ -115,6 +106,28 @@ def observe(
                 "NaN or infinity"
             )
     return total
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _measured(
+    model: Model,
+    wanted: tuple[str, ...],
+    statistics: tuple[str, ...],
+    cap: float | None,
+    params: tree.Params,
+    inputs: Inputs,
+) -> Stats:
+    leaves = tree.flatten(params)
+
+    def loss(zeros: Stats) -> jax.Array:
+        return jnp.sum(model.apply(probed(params, zeros, cap), inputs).logits)
+
+    return jax.grad(loss)({path: zeros_for(leaves[path].shape, statistics) for path in wanted})
+
+
+@jax.jit
+def _added(total: Stats, found: Stats) -> Stats:
+    return jax.tree.map(jnp.add, total, found)
 
 
 def probed(params: tree.Params, zeros: Stats, cap: float | None = None) -> tree.Params:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxmodel.errors import InputError
-from jaxmodel.leaves.largest import largest
+from jaxmodel.leaves.largest import largest, most_kept
 from jaxmodel.leaves.leaf import AxisSizes, Compressed, expect, full_spec, register, shards, static
 from jaxmodel.leaves.packing import pack, pad_last, unpack
 
@@ -71,7 +71,7 @@ class BlockSparse(Compressed):
             raise InputError(
                 f"keep: shape {keep.shape} given; allowed: {want}, a bit for each block"
             )
-        n = max(1, int(jnp.max(jnp.sum(keep, axis=-1), initial=0)))
+        n = max(1, int(most_kept(keep)))
         leaf = cls(*_store(weight, keep, block, n), pad=-keep.shape[-1] % 8)
         leaf.check()
         return leaf

@@ -44,6 +44,16 @@ def largest(scores: Float[Array, "..."], count: int | Array, axes: int = 1) -> B
     return above | (equal & (place <= count - counted(above)))
 
 
+@jax.jit
+def most_kept(keep: Bool[Array, "... n"]) -> Array:
+    """Return the largest number of marks in a row of a mask, of any number of rows.
+
+    >>> int(most_kept(jnp.array([[True, False], [True, True]])))
+    2
+    """
+    return jnp.max(jnp.sum(keep, axis=-1), initial=0)
+
+
 def ordered(scores: Float[Array, "..."]) -> UInt32[Array, "..."]:
     """Return unsigned numbers that are ordered like the scores; both zeros are the same."""
     bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool
 
 from jaxmodel import tree
+from jaxmodel.leaves.largest import most_kept
 from jaxmodel.leaves.leaf import (
     AxisSizes,
     Compressed,
@@ -71,7 +72,7 @@ class Sparse(Compressed):
         if pattern is not None:
             n = weight.shape[-1] // pattern[1] * pattern[0]
         else:
-            n = max(1, int(_most(keep))) if keep.size else 1
+            n = max(1, int(most_kept(keep)))
         leaf = cls(*_store(weight, keep, n), pattern=pattern, pad=-weight.shape[-1] % 8)
         leaf.check()
         if pattern is not None and not isinstance(keep, Tracer):
@@ -202,12 +203,6 @@ class Sparse(Compressed):
             expect(whole, self, f"a group does not keep {self.pattern[0]} elements")
         expect(clean, self, "the mask keeps an element of the padding")
         expect(ended, self, "there is a value after the last kept one")
-
-
-@jax.jit
-def _most(keep: Bool[Array, "... out in"]) -> jax.Array:
-    """Return the largest number of elements that a row keeps."""
-    return jnp.max(jnp.sum(keep, axis=-1))
 
 
 @functools.partial(jax.jit, static_argnums=2)
