@@ -1,0 +1,3 @@
+"""The script here imports qwix and is run by hand."""
+
+collect_ignore_glob = ["make_*.py"]
