@@ -12,7 +12,9 @@ the result of a call; `...` any axes, `""` none. Under jit the check runs while 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import itertools
 import json
 import os
@@ -20,6 +22,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -108,6 +111,15 @@ optax.GradientTransformation.__new__ = lambda cls, init, update: _new(
 )
 
 
+def pytest_collection_finish() -> None:
+    """Leave what has been imported out of the garbage collector's rounds, of which there are many:
+    each trace makes thousands of objects.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
+
+
 _number = itertools.count(1)
 
 
@@ -124,28 +136,108 @@ def few_memory_maps() -> Iterator[None]:
         jax.clear_caches()
 
 
-@pytest.fixture(scope="session")
-def devices8() -> Callable[..., str]:
-    """A function that runs Python in a process of its own with eight simulated CPU devices and
-    returns its stdout.
+class Eight:
+    """A process with eight simulated CPU devices that answers requests, see `run_checks.py`.
 
-    `devices8("import jax; print(jax.device_count())")` runs a snippet, `devices8(path, "arg")` a
-    file. There, too, rank promotion raises; dtypes and shapes are not checked. If it fails, so does
-    the test, with what it wrote to stderr.
+    It is started with the first of them, and anew after it died.
     """
 
-    def run(program: str | Path, *args: object, timeout: float = 1200) -> str:
-        source = [str(program)] if isinstance(program, Path) else ["-c", textwrap.dedent(program)]
-        env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_NUMPY_RANK_PROMOTION": "raise"}
-        env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-        env["XLA_FLAGS"] = (
-            # see sharding.simulate_devices
-            "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-        )
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), env.get("PYTHONPATH")]))
-        command = [sys.executable, *source, *map(str, args)]
+    def __init__(self, log: Path):
+        self.log = log
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """The answer; in `error` how the request failed, if it did."""
+        if self._process is None:
+            self._process = self._started()
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        late = threading.Timer(timeout, process.kill)
+        late.start()
+        try:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            late.cancel()
+        if line:
+            return json.loads(line)
+        self.end()
+        end = self.log.read_text(errors="replace")[-4000:]
+        return {"out": "", "error": f"the process died, or took more than {timeout} s\n{end}"}
+
+    def end(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError):
+                    assert pipe is not None
+                    pipe.close()
+            self._process = None
+
+    def _started(self) -> subprocess.Popen[str]:
+        with self.log.open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, str(REPO / "tests" / "run_checks.py")],
+                env=environment8(),
+                cwd=REPO,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+
+def environment8() -> dict[str, str]:
+    """Of a process with eight devices: rank promotion raises; dtypes and shapes are not checked."""
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    env["XLA_FLAGS"] = (
+        # see sharding.simulate_devices
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    )
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), env.get("PYTHONPATH")]))
+    return env
+
+
+@pytest.fixture(scope="session")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Eight]:
+    """The process with eight devices that all tests of this one share."""
+    process = Eight(tmp_path_factory.mktemp("eight") / "log")
+    yield process
+    process.end()
+
+
+@pytest.fixture(scope="session")
+def devices8(eight: Eight) -> Callable[..., str]:
+    """A function that runs Python in a process with eight simulated CPU devices and returns its
+    stdout.
+
+    `devices8("import jax; print(jax.device_count())")` runs a snippet, `devices8(path, "arg")` a
+    file. If it fails, so does the test, with the traceback. The process is one that other tests
+    have run in, or with `fresh=True`, which costs seconds, one of its own.
+    """
+
+    def run(program: str | Path, *args: object, fresh: bool = False, timeout: float = 1200) -> str:
+        source = str(program) if isinstance(program, Path) else textwrap.dedent(program)
+        words = list(map(str, args))
+        if not fresh:
+            got = eight.ask({"source": source, "arguments": words}, timeout)
+            if got["error"]:
+                pytest.fail(f"on eight devices\n{got['out']}{got['error']}", pytrace=False)
+            return got["out"]
+        command = [sys.executable, *([source] if isinstance(program, Path) else ["-c", source])]
         done = subprocess.run(
-            command, env=env, cwd=REPO, timeout=timeout, capture_output=True, text=True
+            [*command, *words],
+            env=environment8(),
+            cwd=REPO,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
             pytest.fail(
@@ -158,15 +250,20 @@ def devices8() -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def outcomes8(devices8: Callable[..., str]) -> Callable[[str, Sequence[str]], dict[str, str]]:
-    """`outcomes8(__file__, names)` runs checks of a test file on eight devices, all in one process:
-    how each failed, "" if not.
+def outcomes8(eight: Eight) -> Callable[[str, Sequence[str]], dict[str, str]]:
+    """`outcomes8(__file__, names)` runs checks of a test file on eight devices: how each failed, ""
+    if not.
 
     See `run_checks.py`.
     """
-    return lambda file, names: json.loads(
-        devices8(REPO / "tests" / "run_checks.py", file, *names).splitlines()[-1]
-    )
+
+    def run(file: str, names: Sequence[str]) -> dict[str, str]:
+        got = eight.ask({"file": file, "names": list(names)}, 1200)
+        if got["error"]:
+            pytest.fail(f"on eight devices\n{got['out']}{got['error']}", pytrace=False)
+        return json.loads(got["out"].splitlines()[-1])
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -150,7 +150,8 @@ def test_a_mesh_that_does_not_fit_is_refused_at_once(devices8, tmp_path, monkeyp
     words = json.dumps([words for words, _ in MESHES])
     found = json.loads(
         devices8(
-            f"WORDS = {words!r}\n" + "\n".join(line[4:] for line in ON_MESHES.splitlines())
+            f"WORDS = {words!r}\n" + "\n".join(line[4:] for line in ON_MESHES.splitlines()),
+            fresh=True,
         ).splitlines()[-1]
     )
     for (given, says), err in zip(MESHES, found, strict=True):

@@ -66,7 +66,8 @@ def test_on_a_mesh_of_eight_devices_the_losses_are_the_same(tmp_path, devices8):
     texts = ["--data", "a.txt", "--heldout", "a.txt"]
     once = ["train", *SHORT.split(), *OFTEN.split(), *texts]
     again = ["resume", "{run}", "--devices", "8", "--mesh", "fsdp=4,tensor=2"]
-    devices8(f"""
+    devices8(
+        f"""
         import contextlib, os, pathlib, shutil
         from jaxmodel.cli import main
         os.chdir({str(tmp_path)!r})
@@ -76,7 +77,9 @@ def test_on_a_mesh_of_eight_devices_the_losses_are_the_same(tmp_path, devices8):
         shutil.copytree(run, "killed")
         shutil.rmtree("killed/checkpoints/step-000000006")
         main([word.format(run="killed") for word in {again}])
-    """)
+    """,
+        fresh=True,
+    )
     (whole,) = (tmp_path / "runs").iterdir()
     place = tmp_path / "killed"
     assert json.loads((place / "report.json").read_text())["mesh"] == {"fsdp": 4, "tensor": 2}

@@ -216,7 +216,7 @@ def test_loading_takes_the_memory_of_what_is_held_and_of_one_tensor(
                 name != kind
                 or max(leaf.size for leaf in jax.tree.leaves(layer_shapes(model))) == LARGEST
             )
-    lines = devices8(MEMORY, *(tmp_path / kind for kind in BIG)).splitlines()
+    lines = devices8(MEMORY, *(tmp_path / kind for kind in BIG), fresh=True).splitlines()
     for kind, line in zip(BIG, lines, strict=True):
         peak, held, size = map(float, line.split())
         assert held < 1.05 * size, kind  # each weight once, norms and biases on every device
