@@ -59,7 +59,7 @@ config = llama.Config(
     512, width=64, depth=3, heads=4, kv_heads=2, head_width=16, mlp_width=128, context=32
 )
 model = llama.model(config)
-params = model.init(jax.random.key(0))
+params = jax.jit(model.init)(jax.random.key(0))
 models.summary(model, params)
 
 # %% [markdown]

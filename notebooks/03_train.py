@@ -174,7 +174,8 @@ judge = mlp.model(mlp.Config(16, (128,), 4))
 
 
 def accuracy(params):
-    found = judge.apply(params, {"features": jnp.asarray(features[testing])}).logits.argmax(-1)
+    inputs = {"features": jnp.asarray(features[testing])}
+    found = jax.jit(judge.apply)(params, inputs).logits.argmax(-1)
     return float((found == labels[testing]).mean())
 
 
@@ -197,7 +198,7 @@ Rows(found, [Column("loss"), Column("test accuracy", format="{:.3f}".format)])
 # trains, and its weights are drawn towards zero.
 
 # %%
-before = judge.init(jax.random.key(0))
+before = jax.jit(judge.init)(jax.random.key(0))
 sparse = losses.regularized(losses.classification, [("head", "l1(1e-2)"), (".*", None)])
 config = train.TrainConfig(
     steps=50, learning_rate=1e-2, trainable=(("head.*", True), (".*", False))

@@ -105,7 +105,8 @@ def lora(
     >>> from jaxmodel.models import gpt2
     >>> model = gpt2.model(gpt2.SIZES["tiny"])
     >>> rules = [(".*/(q|v)", LoRA(4)), (".*", None)]
-    >>> adapted, params = lora(model, model.init(jax.random.key(0)), rules, jax.random.key(1))
+    >>> start = jax.jit(model.init)(jax.random.key(0))
+    >>> adapted, params = lora(model, start, rules, jax.random.key(1))
     >>> {name: leaf.shape for name, leaf in params["blocks"]["0-2"]["attn"]["q_lora"].items()}
     {'down': (3, 4, 32), 'up': (3, 32, 4), 'scale': (3,)}
     """

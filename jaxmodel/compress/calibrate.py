@@ -96,7 +96,7 @@ def calibrate(
     >>> model = llama.model(llama.SIZES["tiny"])
     >>> tokens = jnp.arange(32, dtype=jnp.int32).reshape(4, 8)
     >>> recipe = [("blocks/.*/(up|down)", "gptq(4)"), (".*", "")]
-    >>> small, report = calibrate(model, model.init(jax.random.key(0)), recipe, [tokens])
+    >>> small, report = calibrate(model, jax.jit(model.init)(jax.random.key(0)), recipe, [tokens])
     >>> report.protocol["tokens"], report.protocol["held_out_tokens"]
     (24, 8)
     """

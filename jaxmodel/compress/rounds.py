@@ -79,7 +79,7 @@ def prune_in_rounds(
 
     >>> from jaxmodel.models import mlp
     >>> model = mlp.model(mlp.Config(4, (8,), 2))
-    >>> params = model.init(jax.random.key(0))
+    >>> params = jax.jit(model.init)(jax.random.key(0))
     >>> recipe = [(".*/dense", "magnitude(threshold=0.1)"), (".*", ())]
     >>> _, rounds = prune_in_rounds(model, params, gradually(recipe, 2), [jnp.ones((3, 4))])
     >>> [round.number for round in rounds]

@@ -59,7 +59,7 @@ def sensitivity(
     >>> from jaxmodel.compress import apply
     >>> from jaxmodel.models import llama
     >>> model = llama.model(llama.SIZES["tiny"])
-    >>> params = model.init(jax.random.key(0))
+    >>> params = jax.jit(model.init)(jax.random.key(0))
     >>> small = lambda: apply([("blocks/.*/(up|down)", "rtn(2)"), (".*", "")], params)[0]
     >>> rows = sensitivity(model, params, {"2 bits": small}, np.arange(32).reshape(2, 16))
     >>> [row["layer"] for row in rows]

@@ -27,7 +27,7 @@ body, and `replace_head` gives it classes.
 >>> loss = pretext(contrastive(), two_views(views))
 >>> bool(jax.jit(lambda key: loss(model, params, batch, key)[0])(jax.random.key(1)) > 0)
 True
->>> own = body.init(jax.random.key(0))
+>>> own = jax.jit(body.init)(jax.random.key(0))
 >>> sorted(without_projection(params)) == sorted(name for name in own if name[:4] != "head")
 True
 """

@@ -97,7 +97,7 @@ def beam_search(
 
     >>> from jaxmodel.models import gpt2
     >>> model = gpt2.model(gpt2.SIZES["tiny"])
-    >>> params, tokens = model.init(jax.random.key(0)), jnp.zeros((2, 3), jnp.int32)
+    >>> params, tokens = jax.jit(model.init)(jax.random.key(0)), jnp.zeros((2, 3), jnp.int32)
     >>> found = beam_search(model, params, tokens, beams=3, max_new_tokens=5)
     >>> found.tokens.shape, bool(jnp.all(found.scores[:, 0] >= found.scores[:, 2]))
     ((2, 3, 5), True)

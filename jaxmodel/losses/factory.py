@@ -55,7 +55,7 @@ def supervised(
     >>> model = mlp.model(mlp.Config(2, (3,), 4))
     >>> batch = {"features": jnp.ones((3, 2)), "labels": jnp.array([0, 1, 3])}
     >>> loss = supervised(smoothing=0.1, class_weights=np.array([1.0, 1.0, 1.0, 0.5]))
-    >>> params = model.init(jax.random.key(0))
+    >>> params = jax.jit(model.init)(jax.random.key(0))
     >>> value, metrics = jax.jit(lambda batch: loss(model, params, batch))(batch)
     >>> float(metrics["weight"]), bool(value > 0)
     (2.5, True)
@@ -131,7 +131,7 @@ def regression(each: PerExampleLoss = squared_error, *, target: str = "targets")
     >>> from jaxmodel.models import mlp
     >>> model = mlp.model(mlp.Config(2, (3,), 4))
     >>> batch = {"features": jnp.zeros((3, 2)), "targets": jnp.full((3, 4), 2.0)}
-    >>> params = model.init(jax.random.key(0))
+    >>> params = jax.jit(model.init)(jax.random.key(0))
     >>> value, _ = jax.jit(lambda batch: regression()(model, params, batch))(batch)
     >>> float(value)  # the biases are 0 at the start
     4.0

@@ -91,7 +91,7 @@ def contrastive(each: Callable[..., Array] = nt_xent) -> Loss:
 
     >>> from jaxmodel.models import mlp
     >>> model = mlp.model(mlp.Config(2, (3,), 4))
-    >>> params = model.init(jax.random.key(0))
+    >>> params = jax.jit(model.init)(jax.random.key(0))
     >>> loss = lambda views: contrastive()(model, params, {"views": views})
     >>> value, _ = jax.jit(loss)(jnp.ones((4, 2, 2)))
     >>> bool(jnp.allclose(value, jnp.log(7.0)))

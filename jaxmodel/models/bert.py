@@ -5,8 +5,8 @@ It has a norm after each part, learnt positions and token types, biases, and exa
 2019) has no token types, and its classifier has a ReLU.
 
 >>> bert = model(SIZES["tiny"])
->>> params = bert.init(jax.random.key(0))
->>> bert.apply(params, jnp.zeros((2, 8), jnp.int32)).logits.shape
+>>> params = jax.jit(bert.init)(jax.random.key(0))
+>>> jax.jit(bert.apply)(params, jnp.zeros((2, 8), jnp.int32)).logits.shape
 (2, 8, 256)
 """
 

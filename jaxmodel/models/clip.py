@@ -11,9 +11,9 @@ the case yourself; its tokenizer files do not). Its image tower pools by attenti
 space without a map.
 
 >>> clip = model(SIZES["tiny"])
->>> params = clip.init(jax.random.key(0))
+>>> params = jax.jit(clip.init)(jax.random.key(0))
 >>> inputs = {"tokens": jnp.zeros((2, 8), jnp.int32), "pixels": jnp.zeros((2, 16, 16, 3))}
->>> clip.apply(params, inputs).logits.shape
+>>> jax.jit(clip.apply)(params, inputs).logits.shape
 (2, 2)
 """
 

@@ -21,10 +21,10 @@ state stays; it runs on a mesh, with compressed leaves, and as a `predict`.
 
 >>> import flax.linen as nn
 >>> model = from_linen(nn.Dense(3), jax.ShapeDtypeStruct((1, 4), jnp.float32))
->>> params = model.init(jax.random.key(0))
+>>> params = jax.jit(model.init)(jax.random.key(0))
 >>> {path: leaf.shape for path, leaf in tree.flatten(params).items()}
 {'bias': (3,), 'kernel': (4, 3)}
->>> model.apply(params, jnp.ones((2, 4))).logits.shape
+>>> jax.jit(model.apply)(params, jnp.ones((2, 4))).logits.shape
 (2, 3)
 """
 
@@ -175,10 +175,10 @@ def from_nnx(
     >>> from flax import nnx
     >>> x = jax.ShapeDtypeStruct((1, 4), jnp.float32)
     >>> model = from_nnx(functools.partial(nnx.Linear, 4, 3), x)
-    >>> params = model.init(jax.random.key(0))
+    >>> params = jax.jit(model.init)(jax.random.key(0))
     >>> {path: leaf.shape for path, leaf in tree.flatten(params).items()}
     {'bias': (3,), 'kernel': (4, 3)}
-    >>> model.apply(params, jnp.ones((2, 4))).logits.shape
+    >>> jax.jit(model.apply)(params, jnp.ones((2, 4))).logits.shape
     (2, 3)
     """
     from flax import nnx

@@ -4,8 +4,8 @@ Layer norm precedes each part; positions are learnt, there are biases, and the h
 is tied unless the config says otherwise.
 
 >>> gpt2 = model(SIZES["tiny"])
->>> params = gpt2.init(jax.random.key(0))
->>> gpt2.apply(params, jnp.zeros((2, 8), jnp.int32)).logits.shape
+>>> params = jax.jit(gpt2.init)(jax.random.key(0))
+>>> jax.jit(gpt2.apply)(params, jnp.zeros((2, 8), jnp.int32)).logits.shape
 (2, 8, 256)
 """
 

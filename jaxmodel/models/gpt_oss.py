@@ -6,8 +6,8 @@ It has RMS norms, rotary positions scaled by YaRN, grouped heads and biases ever
 gate and up are clamped, and the gate multiplies `up + 1`.
 
 >>> gpt_oss = model(SIZES["tiny"])
->>> params = gpt_oss.init(jax.random.key(0))
->>> gpt_oss.apply(params, jnp.zeros((2, 8), jnp.int32)).logits.shape
+>>> params = jax.jit(gpt_oss.init)(jax.random.key(0))
+>>> jax.jit(gpt_oss.apply)(params, jnp.zeros((2, 8), jnp.int32)).logits.shape
 (2, 8, 256)
 """
 

@@ -12,8 +12,8 @@ token together; SmolLM3 (2025) does not rotate queries and keys in every fourth 
 
 >>> config = SIZES["tiny"]
 >>> llama = model(config)
->>> params = llama.init(jax.random.key(0))
->>> llama.apply(params, jnp.zeros((2, 8), jnp.int32)).logits.shape
+>>> params = jax.jit(llama.init)(jax.random.key(0))
+>>> jax.jit(llama.apply)(params, jnp.zeros((2, 8), jnp.int32)).logits.shape
 (2, 8, 256)
 """
 

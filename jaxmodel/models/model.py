@@ -162,9 +162,9 @@ def wrap(model: Model, change: Callable[[Parts], Parts]) -> Model:
     >>> from jaxmodel.models import gpt2
     >>> model = gpt2.model(gpt2.SIZES["tiny"])
     >>> cooler = wrap(model, lambda parts: parts._replace(head=lambda *args: parts.head(*args) / 2))
-    >>> params, tokens = model.init(jax.random.key(0)), jnp.zeros((1, 4), jnp.int32)
-    >>> halved = model.apply(params, tokens).logits / 2
-    >>> bool(jnp.allclose(cooler.apply(params, tokens).logits, halved))
+    >>> params, tokens = jax.jit(model.init)(jax.random.key(0)), jnp.zeros((1, 4), jnp.int32)
+    >>> halved = jax.jit(model.apply)(params, tokens).logits / 2
+    >>> bool(jnp.allclose(jax.jit(cooler.apply)(params, tokens).logits, halved))
     True
     """
     return dataclasses.replace(

@@ -6,8 +6,8 @@ part (for the first layer's attention it is the embedding's norm), and, unless t
 otherwise, no biases except those of the last map.
 
 >>> modernbert = model(SIZES["tiny"])
->>> params = modernbert.init(jax.random.key(0))
->>> modernbert.apply(params, jnp.zeros((2, 8), jnp.int32)).logits.shape
+>>> params = jax.jit(modernbert.init)(jax.random.key(0))
+>>> jax.jit(modernbert.apply)(params, jnp.zeros((2, 8), jnp.int32)).logits.shape
 (2, 8, 256)
 """
 

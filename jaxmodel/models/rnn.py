@@ -6,9 +6,9 @@ encoder's outputs: at each step before its cell (additive), after all cells (mul
 at all.
 
 >>> rnn = model(SIZES["tiny"])
->>> params = rnn.init(jax.random.key(0))
+>>> params = jax.jit(rnn.init)(jax.random.key(0))
 >>> source, tokens = jnp.zeros((2, 8), jnp.int32), jnp.zeros((2, 5), jnp.int32)
->>> rnn.apply(params, {"source": source, "tokens": tokens}).logits.shape
+>>> jax.jit(rnn.apply)(params, {"source": source, "tokens": tokens}).logits.shape
 (2, 5, 256)
 """
 

@@ -5,9 +5,9 @@ head tied to the embedding, which it scales; version 1.1 and Flan-T5 (Chung et a
 GELU and a separate head. Scores are not scaled: the initial queries are smaller instead.
 
 >>> t5 = model(SIZES["tiny"])
->>> params = t5.init(jax.random.key(0))
+>>> params = jax.jit(t5.init)(jax.random.key(0))
 >>> source, tokens = jnp.zeros((2, 8), jnp.int32), jnp.zeros((2, 5), jnp.int32)
->>> t5.apply(params, {"source": source, "tokens": tokens}).logits.shape
+>>> jax.jit(t5.apply)(params, {"source": source, "tokens": tokens}).logits.shape
 (2, 5, 256)
 """
 

@@ -4,9 +4,9 @@ One embedding serves all three tables. As in the paper, a norm follows each sum;
 before each part (Xiong et al., 2020), and one after each stack.
 
 >>> transformer = model(SIZES["tiny"])
->>> params = transformer.init(jax.random.key(0))
+>>> params = jax.jit(transformer.init)(jax.random.key(0))
 >>> source, tokens = jnp.zeros((2, 8), jnp.int32), jnp.zeros((2, 5), jnp.int32)
->>> transformer.apply(params, {"source": source, "tokens": tokens}).logits.shape
+>>> jax.jit(transformer.apply)(params, {"source": source, "tokens": tokens}).logits.shape
 (2, 5, 256)
 """
 

@@ -27,7 +27,7 @@ def untied(model: Model, params: tree.Params) -> tuple[Model, tree.Params]:
 
     >>> from jaxmodel.models import gpt2
     >>> small = gpt2.model(gpt2.SIZES["tiny"])
-    >>> params = small.init(jax.random.key(0))
+    >>> params = jax.jit(small.init)(jax.random.key(0))
     >>> other, more = untied(small, params)
     >>> other.config.tied, more["head"] is params["embed"]
     (False, True)

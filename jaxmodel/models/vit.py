@@ -4,8 +4,8 @@ A norm precedes each part. DINOv2 (Oquab et al., 2023) scales what each part add
 class token and the mean of the patches, and reads images of any size.
 
 >>> vit = model(SIZES["tiny"])
->>> params = vit.init(jax.random.key(0))
->>> vit.apply(params, jnp.zeros((2, 16, 16, 3))).logits.shape
+>>> params = jax.jit(vit.init)(jax.random.key(0))
+>>> jax.jit(vit.apply)(params, jnp.zeros((2, 16, 16, 3))).logits.shape
 (2, 10)
 """
 

@@ -71,7 +71,7 @@ def learn_ranges(model: Model, params: tree.Params, rules: tree.Rules) -> tuple[
     >>> from jaxmodel.models import gpt2
     >>> model = gpt2.model(gpt2.SIZES["tiny"])
     >>> rules = [(".*/up", Learnt(4, limit=6.0)), (".*", None)]
-    >>> rounded, params = learn_ranges(model, model.init(jax.random.key(0)), rules)
+    >>> rounded, params = learn_ranges(model, jax.jit(model.init)(jax.random.key(0)), rules)
     >>> {name: leaf.shape for name, leaf in params["blocks"]["0-2"]["mlp"]["up_range"].items()}
     {'bits': (3,), 'step': (3, 128), 'limit': (3,)}
     """
