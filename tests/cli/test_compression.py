@@ -105,8 +105,9 @@ def test_what_is_wrong_is_one_line(capsys, folder):
 
 
 def test_a_table_for_people(capsys, folder):
-    text = folder / "text.txt"
-    words = ("--recipe", "wanda(0.5)", "--calibration", text, "--windows", 4, "--window", 16)
-    where = ("--out", folder / "half", "--runs", folder / "runs")
-    said = call(capsys, "compress", folder / "tiny", *words, *where).out
-    assert "error of" in said and "judged on 16 others" in said and "change" in said
+    """Of the run above, so that nothing is compiled again."""
+    words = ("--recipe", GPTQ, "--calibration", folder / "text.txt", "--order", "sequential")
+    sizes = ("--windows", 9, "--window", 32)
+    where = ("--out", folder / "again", "--runs", folder / "runs")
+    said = call(capsys, "compress", folder / "tiny", *words, *sizes, *where).out
+    assert "error of" in said and "judged on 32 others" in said and "change" in said

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,13 +13,15 @@ import pytest
 from scipy.stats import norm
 
 from jaxmodel import compress, leaves, ops
-from jaxmodel.compress.draft import run_chain
+from jaxmodel.compress.draft import stored_of
 from jaxmodel.compress.quantize.tables import NF4, robust_slope
 from jaxmodel.errors import InputError
 from jaxmodel.leaves.leaf import to_tensors
 from jaxmodel.ops.probe import histogram, histogram_quantile
 
 WEIGHT = np.random.default_rng(0).normal(size=(16, 640)).astype(np.float32)
+DECODE = jax.jit(lambda leaf: leaf.decode())
+CODES = jax.jit(lambda leaf: leaf.codes())
 
 
 def run(text, weight=WEIGHT, stats=None, key=None):
@@ -35,7 +40,7 @@ def test_nf4_has_the_published_values():
     scale = np.abs(grouped).max(-1, keepdims=True).astype(np.float16).astype(np.float32)
     table = np.array(NF4, np.float32)
     nearest = table[np.abs(grouped[..., None] / scale[..., None] - table).argmin(-1)] * scale
-    np.testing.assert_allclose(leaf.decode(), nearest.reshape(WEIGHT.shape), rtol=1e-6)
+    np.testing.assert_allclose(DECODE(leaf), nearest.reshape(WEIGHT.shape), rtol=1e-6)
     assert leaf.bits_per_weight == pytest.approx(4.25 + 16 * 32 / WEIGHT.size)
 
 
@@ -67,17 +72,15 @@ def test_ternary_and_binary():
         np.float16
     )
     leaf = run("ternary()")
-    np.testing.assert_array_equal(leaf.codes(), np.sign(WEIGHT) * large)
+    np.testing.assert_array_equal(CODES(leaf), np.sign(WEIGHT) * large)
     np.testing.assert_allclose(leaf.scale, scale, rtol=1e-3)
     mean = size.mean(-1, keepdims=True).astype(np.float16).astype(np.float32)
     leaf = run("ternary(rule='absmean')")
-    np.testing.assert_array_equal(leaf.codes(), np.clip(np.round(WEIGHT / mean), -1, 1))
-    np.testing.assert_array_equal(run("binary()").codes(), np.sign(WEIGHT))
-    drawn = jax.vmap(
-        lambda key: compress.quantize.Binary(stochastic=True)(jnp.asarray(WEIGHT), key=key).decode()
-    )
+    np.testing.assert_array_equal(CODES(leaf), np.clip(np.round(WEIGHT / mean), -1, 1))
+    np.testing.assert_array_equal(CODES(run("binary()")), np.sign(WEIGHT))
+    drawn = jax.jit(jax.vmap(lambda key: run("binary(stochastic=True)", key=key).decode()))
     keys = jax.random.split(jax.random.key(0), 400)
-    found = np.asarray(jnp.mean(drawn(keys), axis=0))
+    found = np.asarray(drawn(keys)).mean(axis=0)
     np.testing.assert_allclose(found, np.clip(WEIGHT, -mean, mean), atol=6 * 0.8 / np.sqrt(400))
 
 
@@ -88,18 +91,18 @@ def test_fp8_rounds_as_the_format_says(name, kind):
     scale = np.abs(WEIGHT).max(-1, keepdims=True) / np.float32(top)
     want = (WEIGHT / scale).astype(kind)
     # the division is rounded, so a weight in the middle of two numbers may fall to either side
-    assert np.mean(np.asarray(leaf.codes()) != want) < 1e-3
-    np.testing.assert_allclose(leaf.decode(), want.astype(np.float32) * scale, rtol=0.26, atol=1e-6)
+    assert np.mean(np.asarray(CODES(leaf)) != want) < 1e-3
+    np.testing.assert_allclose(DECODE(leaf), want.astype(np.float32) * scale, rtol=0.26, atol=1e-6)
     assert leaf.nbytes == WEIGHT.size + 4 * 16
 
 
 def test_truncation_and_stochastic_rounding():
     scale = np.abs(WEIGHT).max(-1, keepdims=True) / 7
-    np.testing.assert_array_equal(run("truncate(4)").codes(), np.trunc(WEIGHT / scale * (1 + 1e-7)))
+    np.testing.assert_array_equal(CODES(run("truncate(4)")), np.trunc(WEIGHT / scale * (1 + 1e-7)))
     affine = run("truncate(4, symmetric=False)")
     exact = (WEIGHT - np.asarray(affine.minimum)) / np.asarray(affine.scale)
-    assert np.mean(np.asarray(affine.codes()) != np.floor(exact + 1e-5)) < 1e-3
-    drawn = jax.vmap(lambda key: run("stochastic(4)", key=key).decode())
+    assert np.mean(np.asarray(CODES(affine)) != np.floor(exact + 1e-5)) < 1e-3
+    drawn = jax.jit(jax.vmap(lambda key: run("stochastic(4)", key=key).decode()))
     many = np.asarray(drawn(jax.random.split(jax.random.key(0), 400)))
     assert np.all(np.abs(many - WEIGHT) < scale * (1 + 1e-5))
     np.testing.assert_allclose(many.mean(0), WEIGHT, atol=6 * 0.5 * scale.max() / np.sqrt(400))
@@ -131,22 +134,44 @@ def test_quantile_of_a_histogram():
         assert np.quantile(x, share) / 2**0.25 < found < np.quantile(x, share) * 2**0.25
 
 
+TEXTS = ("rtn(8)", "rtn(4, group=64)", "fp8()")
+INPUTS = np.random.default_rng(1).normal(size=(3, 640)).astype(np.float32)
+INPUTS[0, 0] = 50.0  # beyond the limit
+
+
+@functools.cache
+def rounded_inputs(kind):
+    """Return leaf, what it decodes to, and its product with the inputs, all by one program."""
+
+    @jax.jit
+    def run(weight, x, key):
+        counts = histogram(jnp.abs(x[1:])) * 100
+        made = {}
+        for text, percentile in itertools.product(TEXTS, (0, 100)):
+            chain = compress.parse(
+                f"{text} | activations({kind!r}, percentile={percentile or None})"
+            )
+            leaf, _ = stored_of(chain, weight, {"histogram": counts}, key)
+            product = ops.einsum("BI,OI->BO", x, leaf)
+            made[text, percentile] = leaf, leaf.decode(), product
+        return made
+
+    return run(WEIGHT, INPUTS, jax.random.key(0))
+
+
 @pytest.mark.parametrize("kind", ["int8", "e4m3", "e5m2"])
-@pytest.mark.parametrize("text", ["rtn(8)", "rtn(4, group=64)", "fp8()"])
+@pytest.mark.parametrize("text", TEXTS)
 def test_inputs_are_rounded_a_row_at_a_time_or_at_one_limit(kind, text):
-    x = np.random.default_rng(1).normal(size=(3, 640)).astype(np.float32)
-    x[0, 0] = 50.0  # beyond the limit
-    counts = histogram(jnp.asarray(np.abs(x[1:]))) * 100
+    x = INPUTS
     number = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}.get(kind)
     top = 127.0 if number is None else float(ml_dtypes.finfo(number).max)
-    for percentile in (None, 100):
-        chain = compress.parse(f"{text} | activations({kind!r}, percentile={percentile})")
-        leaf = run_chain(chain, jnp.asarray(WEIGHT), {"histogram": counts}, jax.random.key(0))[0]
-        limit = np.abs(x).max(-1, keepdims=True) if percentile is None else np.asarray(leaf.limit)
+    for percentile in (0, 100):
+        leaf, decoded, got = rounded_inputs(kind)[text, percentile]
+        leaf.check()
+        limit = np.asarray(leaf.limit) if percentile else np.abs(x).max(-1, keepdims=True)
         scaled = np.clip(x / (limit / np.float32(top)), -top, top)
         seen = np.round(scaled) if number is None else scaled.astype(number).astype(np.float32)
-        want = (seen * limit / top) @ np.asarray(leaf.decode()).T
-        got = ops.einsum("BI,OI->BO", jnp.asarray(x), leaf)
+        want = (seen * limit / top) @ np.asarray(decoded).T
         np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-2)
         if percentile:
             assert 2 < float(leaf.limit[0, 0]) < 8

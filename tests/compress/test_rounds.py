@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,6 @@ from jaxmodel.errors import InputError
 from jaxmodel.models import mlp
 
 MODEL = mlp.model(mlp.Config(8, (16, 12), 3))
-PARAMS = MODEL.init(jax.random.key(0))
 RECIPE = [(".*/dense", "magnitude(0.5)"), (".*", ())]
 RNG = np.random.default_rng(0)
 BATCHES = [
@@ -25,8 +26,14 @@ BATCHES = [
 ]
 
 
+@functools.cache
+def start():
+    """Return parameters; not made on import, which each process of tests does."""
+    return jax.jit(MODEL.init)(jax.random.key(0))
+
+
 def random(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 TREE = {
@@ -36,13 +43,17 @@ TREE = {
 
 
 def dense(params):
-    return {path: np.asarray(leaves.decode(leaf)) for path, leaf in tree.flatten(params).items()}
+    return jax.device_get(tree.flatten(DECODE(params)))
+
+
+DECODE = jax.jit(lambda params: tree.map_leaves(lambda _, leaf: leaves.decode(leaf), params))
 
 
 @pytest.mark.parametrize("method", ["magnitude", "gradient", "gradient(prune='largest')"])
 def test_a_global_budget_equals_a_sort(method):
     stats = {
-        path: {"gradient": random(9, *leaf.shape)} for path, leaf in tree.flatten(TREE).items()
+        path: {"gradient": jnp.asarray(random(9, *leaf.shape))}
+        for path, leaf in tree.flatten(TREE).items()
     }
     text = f"{method.rstrip(')')}{', ' if '(' in method else '('}fraction=0.7)"
     recipe = compress.budget([(".*", text)], TREE, stats=stats)
@@ -90,34 +101,34 @@ def test_rounds_of_a_threshold_end_when_no_weight_passes():
     recipe = [(".*/dense", "gradient(threshold=0.02)"), (".*", ())]
     seen = []
     final, rounds = compress.prune_in_rounds(
-        MODEL, PARAMS, recipe, BATCHES, between=lambda params, done: seen.append(done) or params
+        MODEL, start(), recipe, BATCHES, between=lambda params, done: seen.append(done) or params
     )
     assert len(rounds) >= 3 and rounds[-1].pruned == 0 and all(r.pruned for r in rounds[:-1])
     assert [done.number for done in seen] == list(range(1, len(rounds) + 1))
-    params = PARAMS
+    params = start()
     for _ in rounds:
         stats = compress.observe_gradients(MODEL, params, BATCHES, ".*/dense")
         leaves_of = tree.flatten(params)
         for path, found in stats.items():
-            stays = jnp.abs(found["gradient"]) >= 0.02
-            leaves_of[path] = jnp.where(stays, leaves_of[path], 0.0)
+            stays = np.abs(found["gradient"]) >= 0.02
+            leaves_of[path] = jnp.asarray(np.where(stays, leaves_of[path], np.float32(0)))
         params = tree.unflatten(leaves_of)
     want, got = dense(params), dense(final)
     for path, weight in want.items():
         np.testing.assert_array_equal(got[path] != 0, weight != 0)
     zeros = sum(int(np.sum(want[path] == 0)) for path in want if path.endswith("dense"))
     assert rounds[-1].zeros == zeros > rounds[0].zeros
-    _, first = compress.prune_in_rounds(MODEL, PARAMS, recipe, BATCHES, stop=lambda done: True)
+    _, first = compress.prune_in_rounds(MODEL, start(), recipe, BATCHES, stop=lambda done: True)
     assert len(first) == 1
 
 
 def test_layer_by_layer_measures_what_is_compressed_below():
     recipe = [(".*/dense", "wanda(0.5)"), (".*", ())]
-    each = compress.bottom_up(recipe, MODEL, PARAMS)
+    each = compress.bottom_up(recipe, MODEL, start())
     assert len(each) == 2
-    got, rounds = compress.prune_in_rounds(MODEL, PARAMS, each, BATCHES)
+    got, rounds = compress.prune_in_rounds(MODEL, start(), each, BATCHES)
     assert [done.pruned for done in rounds] == [64, 96]
-    params = PARAMS
+    params = start()
     for i in range(2):
         stats = compress.observe(MODEL, params, BATCHES, f"blocks/{i}/dense")
         own = [(f"blocks/{i}/dense", "wanda(0.5)"), (".*", ())]
@@ -128,8 +139,8 @@ def test_layer_by_layer_measures_what_is_compressed_below():
 
 
 def test_units_are_scored_by_all_that_holds_them():
-    w = {path: np.asarray(leaf) for path, leaf in tree.flatten(PARAMS).items()}
-    scores = compress.prune.score_units(MODEL.axes, PARAMS)
+    w = {path: np.asarray(leaf) for path, leaf in tree.flatten(start()).items()}
+    scores = compress.prune.score_units(MODEL.axes, start())
     squares = (
         (w["blocks/0/dense"] ** 2).sum(1),
         w["blocks/0/dense_bias"] ** 2,
@@ -137,25 +148,26 @@ def test_units_are_scored_by_all_that_holds_them():
     )
     first = sum(square / max(square.mean(), 1e-30) for square in squares)
     np.testing.assert_allclose(scores["F1"], first, rtol=1e-5)
-    stats = compress.observe_gradients(MODEL, PARAMS, BATCHES)
+    stats = compress.observe_gradients(MODEL, start(), BATCHES)
     g = {path: np.asarray(found["gradient"]) for path, found in stats.items()}
     both = (w["blocks/1/dense"] * g["blocks/1/dense"]).sum(1) + (w["head"] * g["head"]).sum(0)
-    got = compress.prune.score_units(MODEL.axes, PARAMS, by="gradient", stats=stats)["F2"]
+    got = compress.prune.score_units(MODEL.axes, start(), by="gradient", stats=stats)["F2"]
     np.testing.assert_allclose(got, abs(both), rtol=1e-4, atol=1e-6)
     together = compress.prune.choose_units(
         {"a": jnp.array([5.0, 6, 7]), "b": jnp.array([1.0, 2])}, 0.4, True
     )
     assert together["a"].tolist() == [1, 2] and together["b"].tolist() == [1]
     with pytest.raises(InputError, match="letters: 'Z' given; allowed: some of F"):
-        compress.prune.score_units(MODEL.axes, PARAMS, "Z")
+        compress.prune.score_units(MODEL.axes, start(), "Z")
 
 
 def test_what_training_moves_is_pruned_by_movement():
     """The statistic of `optim.prune_gradually` is one of the methods' own."""
     optimizer = optim.prune_gradually(optax.sgd(0.1), 0.0, begin=9, end=9, by="movement")
-    w, g = random(1, 4, 8), random(2, 4, 8)
-    state = optimizer.update({"w": g}, optimizer.init({"w": w}), {"w": w})[1]
+    w, g = jnp.asarray(random(1, 4, 8)), jnp.asarray(random(2, 4, 8))
+    update = jax.jit(lambda w, g: optimizer.update({"w": g}, optimizer.init({"w": w}), {"w": w})[1])
+    state = update(w, g)
     stats = {"w": {"movement": optim.kept(state).movement["w"]}}
     pruned, _ = compress.apply([("w", "movement(0.5)")], {"w": w}, stats)
-    keep = np.argsort(np.argsort(-np.asarray(w * g), axis=-1), axis=-1) >= 4
+    keep = np.argsort(np.argsort(-(np.asarray(w) * np.asarray(g)), axis=-1), axis=-1) >= 4
     np.testing.assert_array_equal(dense(pruned)["w"], np.where(keep, w, 0))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -15,9 +16,16 @@ import numpy as np
 import pytest
 
 from jaxmodel import compress, leaves
-from jaxmodel.compress.draft import draft_of, fake, open_leaf, opened, store
+from jaxmodel.compress.draft import (
+    Draft,
+    _stored,
+    draft_of,
+    fake,
+    open_leaf,
+    run_chain,
+    store,
+)
 from jaxmodel.compress.prune.masks import Pruning
-from jaxmodel.ops.probe import histogram
 
 LAYERS = 2
 OUT = 8
@@ -67,6 +75,12 @@ ROUND = [
 OTHER = ["compensate()"]
 """Methods that do nothing alone."""
 
+# of each way to make a weight: as it was, rounded, moved, drawn, and several of them
+WAYS = ["wanda(0.5)", "nf4(group=16)", "gptq(3)", "binary(stochastic=True)", "rtn(4) | obs(0.5)"]
+
+ADDING = ("gpt", "compensate", "obs")
+"""What names of methods have that add up products over a row."""
+
 # what pairs are made of: one of each way to choose a mask, and to choose and to use a grid
 MASKS = ["magnitude(pattern=(2, 4))", "wanda(0.5)", "sparsegpt(0.5)"]
 GRIDS = ["rtn(4, group=16, range='mse')", "gptq(3)"]
@@ -85,46 +99,86 @@ CHAINS = [
 ]
 
 
+# made by NumPy: these files are imported by each process of tests
+
+
 def random(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-WEIGHT = random(0, LAYERS, OUT, IN) * jnp.exp(0.5 * random(1, 1, 1, IN))
+WEIGHT = random(0, LAYERS, OUT, IN) * np.exp(0.5 * random(1, 1, 1, IN))
 INPUTS = random(2, LAYERS, 100, IN) @ random(3, LAYERS, IN, IN)
-GRAM = jnp.einsum("lti,ltj->lij", INPUTS, INPUTS)
+GRAM = np.einsum("lti,ltj->lij", INPUTS, INPUTS)
+EDGES = 2.0 ** (-24 + 0.5 * np.arange(65))  # of the bins of `ops.probe`
 STATS = {
     "gram": GRAM,
-    "histogram": jax.vmap(histogram)(INPUTS),
-    "square": jnp.diagonal(GRAM, axis1=1, axis2=2),
-    "count": jnp.full(LAYERS, 100.0),
+    "histogram": np.stack([np.histogram(abs(x), EDGES)[0] for x in INPUTS]).astype(np.float32),
+    "square": np.diagonal(GRAM, axis1=1, axis2=2),
+    "count": np.full(LAYERS, 100, np.float32),
     "gradient": random(4, LAYERS, OUT, IN),
     "fisher": random(5, LAYERS, OUT, IN) ** 2,
     "movement": random(6, LAYERS, OUT, IN),
 }
 KEYS = jax.random.split(jax.random.key(0), LAYERS)
+ROUND_ALL = jax.jit(jax.vmap(lambda grid, weight: grid.round(weight)))
+
+
+class Ran(NamedTuple):
+    """What a chain makes of both layers, and what follows from it.
+
+    Attributes:
+      both: the drafts of both layers.
+      leaf: what is stored of them.
+      again: what is stored when that is opened.
+      dense: what the drafts say it stands for.
+      decoded: what it decodes to.
+      faked: what `fake` makes of the second layer alone.
+    """
+
+    both: Draft
+    leaf: Any
+    again: Any
+    dense: Any
+    decoded: Any
+    faked: Any
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def drafts(chain, weight, stats, keys):
+    """Return the drafts of both layers, and what `fake` makes of the second."""
+    second, seen, key = jax.tree.map(lambda array: array[1], (weight, stats, keys))
+    return draft_of(chain, weight, stats, keys), fake(chain, second, seen, key)
+
+
+decoded = functools.partial(leaves.decode, dtype=jnp.float32)
+
+
+def dense_of(both):
+    return jax.vmap(lambda draft: draft.dense())(both)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def stored(most, both):
+    """Store drafts whose rows keep so many weights, and what follows from it."""
+    leaf = _stored(both, most)
+    again = _stored(jax.vmap(open_leaf)(leaf), most)
+    return leaf, again, dense_of(both), decoded(leaf)
 
 
 @functools.cache
 def ran(text):
-    """Return the drafts of both layers, of the second alone, and what `fake` makes of it."""
-    chain = compress.parse(text)
-
-    @jax.jit
-    def run():
-        weight, stats, key = jax.tree.map(lambda array: array[1], (WEIGHT, STATS, KEYS))
-        total = lambda weight: jnp.sum(fake(chain, weight, stats, key))
-        return (
-            draft_of(chain, WEIGHT, STATS, KEYS),
-            opened(chain, weight, stats, key),
-            fake(chain, weight, stats, key),
-            jax.grad(total)(weight),
-        )
-
-    return run()
-
-
-def decoded(leaf):
-    return np.asarray(leaves.decode(leaf, jnp.float32))
+    """Return what a chain makes of the weight, in two programs where it is not cut into blocks."""
+    both, faked = drafts(compress.parse(text), WEIGHT, STATS, KEYS)
+    if both.block is not None:
+        leaf = store(both)
+        again = store(jax.jit(jax.vmap(open_leaf))(leaf))
+        rest = jax.jit(lambda both, leaf: (dense_of(both), decoded(leaf)))(both, leaf)
+    else:
+        most = None
+        if both.keep is not None:
+            most = both.kept or max(1, int(np.sum(both.keep, axis=-1).max()))
+        leaf, again, *rest = stored(most, both)
+    return Ran(both, leaf, again, *jax.device_get(rest), faked)
 
 
 def test_every_method_is_in_a_chain():
@@ -133,48 +187,60 @@ def test_every_method_is_in_a_chain():
 
 
 @pytest.mark.parametrize("text", CHAINS)
-def test_a_layer_alone_and_fake_are_what_is_stored(text):
-    both, alone, faked, gradient = ran(text)
-    leaf = store(both)
-    leaf.check()
-    if isinstance(leaf, leaves.Sparse):
-        leaf.check_values()
+def test_what_is_stored_is_what_fake_makes_of_a_layer_alone(text):
+    done = ran(text)
+    done.leaf.check()
+    if isinstance(done.leaf, leaves.Sparse):
+        done.leaf.check_values()
     # what is added in another order may round a weight to its other neighbour
-    off = np.abs(decoded(store(alone)) - decoded(leaf)[1]) > 1e-5
-    assert np.mean(off) <= (0.01 if any(word in text for word in ("gpt", "comp", "obs")) else 0)
-    np.testing.assert_array_equal(decoded(leaf), np.asarray(jax.vmap(lambda d: d.dense())(both)))
-    np.testing.assert_allclose(faked, decoded(store(alone)), atol=1e-5)
+    off = np.abs(np.asarray(done.faked) - done.decoded[1]) > 1e-5
+    assert np.mean(off) <= (0.01 if any(word in text for word in ADDING) else 0)
+    np.testing.assert_array_equal(done.decoded, done.dense)
+
+
+@pytest.mark.parametrize("text", ["sparsegpt(0.5)", "gptq(3)", "obs(0.5)"])
+def test_where_much_is_added_fake_is_what_is_stored_of_that_layer(text):
+    """Every weight of it."""
+    second = {name: jnp.asarray(array[1]) for name, array in STATS.items()}
+    leaf, _ = run_chain(compress.parse(text), jnp.asarray(WEIGHT[1]), second, KEYS[1])
+    np.testing.assert_allclose(ran(text).faked, jax.jit(decoded)(leaf), atol=1e-5)
+
+
+@pytest.mark.parametrize("text", WAYS)
+def test_fake_has_the_gradient_of_the_identity(text):
+    chain = compress.parse(text)
+    total = lambda weight, stats, key: jnp.sum(fake(chain, weight, stats, key))
+    stats = {name: array[1] for name, array in STATS.items()}
+    gradient = jax.jit(jax.grad(total))(WEIGHT[1], stats, KEYS[1])
     np.testing.assert_array_equal(gradient, np.ones_like(gradient))
 
 
 @pytest.mark.parametrize("text", CHAINS)
 def test_what_is_stored_opens_to_the_same(text):
-    leaf = store(ran(text)[0])
-    again = store(jax.vmap(open_leaf)(leaf))
-    chex.assert_trees_all_equal(again, leaf)
+    chex.assert_trees_all_equal(ran(text).again, ran(text).leaf)
 
 
 @pytest.mark.parametrize("pair", list(itertools.product(MASKS, GRIDS)), ids=" | ".join)
 def test_zeros_survive_later_rounding(pair):
-    first = ran(pair[0])[0].keep
-    then = ran(" | ".join(pair))[0]
+    first = ran(pair[0]).both.keep
+    then = ran(" | ".join(pair)).both
     np.testing.assert_array_equal(then.keep, first)
     assert not np.any(np.asarray(then.weight)[~np.asarray(first)])
 
 
 @pytest.mark.parametrize("pair", list(itertools.product(GRIDS, MASKS)), ids=" | ".join)
 def test_values_on_a_grid_survive_later_pruning(pair):
-    grid = ran(pair[0])[0].grid
-    then = ran(" | ".join(pair))[0]
+    grid = ran(pair[0]).both.grid
+    then = ran(" | ".join(pair)).both
     chex.assert_trees_all_equal(then.grid, grid)
-    on_grid = jax.vmap(lambda grid, weight: grid.round(weight))(grid, then.weight)
+    on_grid = ROUND_ALL(grid, then.weight)
     np.testing.assert_allclose(on_grid, then.weight, rtol=1e-6, atol=1e-7)
 
 
 def test_compensation_lowers_the_error_of_the_output():
     def error(text):
-        off = ran(text)[0].weight - WEIGHT
-        return np.asarray(jnp.einsum("lod,lde,loe->l", off, GRAM, off))
+        off = np.asarray(ran(text).both.weight) - WEIGHT
+        return np.einsum("lod,lde,loe->l", off, STATS["gram"], off)
 
     assert np.all(error("gptq(4)") < 0.8 * error("rtn(4)"))
     assert np.all(error("wanda(0.5) | compensate()") < 0.8 * error("wanda(0.5)"))
@@ -186,4 +252,4 @@ def test_strength_zero_is_the_identity():
     assert len(pruning) >= 10
     for text in (*(f"{name}(0)" for name in pruning), "compensate()"):
         method = compress.parse(text)[0]
-        assert method(WEIGHT, STATS) is WEIGHT
+        assert method(WEIGHT, {name: jnp.asarray(array) for name, array in STATS.items()}) is WEIGHT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from typing import Any
 
@@ -28,30 +29,46 @@ def codes(bits: int, affine: bool = False, group: int | None = None, **more: Any
         q = 2 * q + 1
     if more.get("form") == "ternary":
         q = np.clip(q, -1, 1)
-    scale = jnp.asarray(rng.uniform(0.5, 2, (2, OUT, -(-IN // group) if group else 1)), jnp.float16)
-    minimum = -scale if affine else None
-    return QTensor.from_codes(jnp.asarray(q), scale, minimum, bits=bits, group=group, **more)
+    shape = (2, OUT, -(-IN // group) if group else 1)
+    scale = jnp.asarray(rng.uniform(0.5, 2, shape).astype(np.float16))
+    minimum = jnp.asarray(-np.asarray(scale)) if affine else None
+    return encode(jnp.asarray(q), scale, minimum, bits=bits, group=group, **more)
+
+
+encode = jax.jit(QTensor.from_codes, static_argnames=("bits", "group", "activations", "form"))
+decode = jax.jit(lambda leaf: leaf.decode())
+
+
+def half() -> Sparse:
+    dense = np.asarray(decode(codes(8)))
+    return Sparse.from_dense(jnp.asarray(np.where(dense > 0, dense, 0)))
+
+
+@functools.cache
+def kinds() -> dict[str, Any]:
+    """Return leaf, the form that it runs in, and how much larger that may be; not on import."""
+    return {name: make() for name, make in KINDS.items()}
 
 
 KINDS = {
-    "int4 groups": (codes(4, group=16), RowPacked, 1),
-    "int4 affine": (codes(4, affine=True), RowPacked, 1),
-    "int3": (codes(3, group=8), RowPacked, 4 / 3),
-    "int2": (codes(2), RowPacked, 1),
-    "int1": (codes(1), RowPacked, 1),
-    "ternary": (codes(2, form="ternary"), RowPacked, 1.25),
-    "int6 affine groups": (codes(6, affine=True, group=8), QTensor, 4 / 3),
-    "int4 with int8 activations": (codes(4, activations="int8"), QTensor, 2),
-    "int4 groups, int8 activations": (codes(4, group=16, activations="int8"), RowPacked, 1),
-    "int8": (codes(8), QTensor, 1),
-    "codebook": (
+    "int4 groups": lambda: (codes(4, group=16), RowPacked, 1),
+    "int4 affine": lambda: (codes(4, affine=True), RowPacked, 1),
+    "int3": lambda: (codes(3, group=8), RowPacked, 4 / 3),
+    "int2": lambda: (codes(2), RowPacked, 1),
+    "int1": lambda: (codes(1), RowPacked, 1),
+    "ternary": lambda: (codes(2, form="ternary"), RowPacked, 1.25),
+    "int6 affine groups": lambda: (codes(6, affine=True, group=8), QTensor, 4 / 3),
+    "int4 with int8 activations": lambda: (codes(4, activations="int8"), QTensor, 2),
+    "int4 groups, int8 activations": lambda: (codes(4, group=16, activations="int8"), RowPacked, 1),
+    "int8": lambda: (codes(8), QTensor, 1),
+    "codebook": lambda: (
         Codebook.from_codes(jnp.zeros((2, OUT, IN), jnp.uint8), jnp.ones((2, 1, 16)), bits=4),
         jax.Array,
         8,
     ),
-    "turned int4": (Turned(codes(4), hadamard=4), Turned, 1),
-    "sparse": (
-        Sparse.from_dense(jnp.where(codes(8).codes() > 0, codes(8).decode(), 0.0)),
+    "turned int4": lambda: (Turned(codes(4), hadamard=4), Turned, 1),
+    "sparse": lambda: (
+        half(),
         jax.Array,
         1.6,
     ),
@@ -60,27 +77,28 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def forms():
-    stored = {name: leaf for name, (leaf, *_) in KINDS.items()}
+    stored = {name: leaf for name, (leaf, *_) in kinds().items()}
     return {memory: running(stored, (), memory) for memory in ("fast", "packed")}
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_form_that_runs_is_the_same_weight(forms, name):
-    leaf, kind, growth = KINDS[name]
+    leaf, kind, growth = kinds()[name]
     x = np.random.default_rng(0).normal(size=(1, IN)).astype(np.float32)
     ids = jnp.asarray([[0, OUT // 2, OUT - 1]])
-    want = np.asarray(leaf.decode())
+
+    @jax.jit
+    def run(leaf, x):
+        dense = leaf if isinstance(leaf, jax.Array) else leaf.decode()
+        first = jax.tree.map(lambda a: a[0], leaf)
+        return dense, ops.embed(first, ids), ops.einsum("BD,FD->BF", x, first)
+
+    want, _, same = jax.device_get(run(leaf, x))
     for memory in ("fast", "packed"):
         got = forms[memory][name]
-        dense = np.asarray(got if isinstance(got, jax.Array) else got.decode())
+        dense, rows, y = jax.device_get(run(got, x))
         np.testing.assert_array_equal(dense, want)
-        first = jax.tree.map(lambda a: a[0], got)
-        rows = np.asarray(ops.embed(first, ids))
         np.testing.assert_allclose(rows[0], want[0][np.asarray(ids[0])], rtol=1e-6)
-        y = np.asarray(ops.einsum("BD,FD->BF", jnp.asarray(x), first))
-        same = np.asarray(
-            ops.einsum("BD,FD->BF", jnp.asarray(x), jax.tree.map(lambda a: a[0], leaf))
-        )
         np.testing.assert_allclose(y, same, atol=1e-5 * np.abs(same).max())
         if memory == "packed":
             assert tree.nbytes(got) <= tree.nbytes(leaf) + 1

@@ -26,9 +26,8 @@ def codes(bits: int, *lead: int, **static) -> QTensor:
 
 
 def half(*lead: int) -> Sparse:
-    return Sparse.from_dense(
-        jnp.tile(jnp.asarray([0.0, 1.0, 0.0, 2.0]), (*lead, 4, 4)), pattern=(2, 4)
-    )
+    dense = np.tile(np.float32([0, 1, 0, 2]), (*lead, 4, 4))
+    return Sparse.from_dense(jnp.asarray(dense), pattern=(2, 4))
 
 
 PARAMS = {

@@ -5,6 +5,7 @@ placing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import chex
@@ -31,6 +32,10 @@ from jaxmodel.leaves.leaf import from_tensors, tensor_names, to_tensors
 L = 3
 OUT = 4
 IN = 24
+ENCODE = jax.jit(QTensor.from_codes, static_argnames=("bits", "group", "activations", "form"))
+DECODE = jax.jit(decode)
+PACK = jax.jit(RowPacked.of)
+SLICE = jax.jit(lambda leaf, i: jax.tree.map(lambda a: a[i], leaf))
 
 
 def qtensor(
@@ -53,11 +58,9 @@ def qtensor(
         codes = rng.choice([-1, 1], (L, OUT, n))
     else:
         codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (L, OUT, n))
-    scale = jnp.asarray(rng.uniform(0.5, 2, shape), static.pop("dtype", jnp.float32))
+    scale = rng.uniform(0.5, 2, shape).astype(static.pop("dtype", jnp.float32))
     minimum = -scale if affine else None
-    return QTensor.from_codes(
-        jnp.asarray(codes, jnp.int32), scale, minimum, bits=bits, group=group, **static
-    )
+    return ENCODE(jnp.asarray(codes, jnp.int32), scale, minimum, bits=bits, group=group, **static)
 
 
 def sparse(
@@ -85,15 +88,17 @@ def blocks(columns: int) -> BlockSparse:
 def codebook(bits: int, rows: int, group: int | None = None, n: int = IN) -> Codebook:
     rng = np.random.default_rng(bits)
     codes = jnp.asarray(rng.integers(0, 2**bits, (L, OUT, n)))
-    table = jnp.sort(jnp.asarray(rng.normal(size=(L, rows, 2**bits)), jnp.float32))
-    scale = jnp.ones((L, OUT, -(-n // group)), jnp.float16) * 0.5 if group else None
-    return Codebook.from_codes(codes, table, scale, bits=bits, group=group)
+    table = np.sort(rng.normal(size=(L, rows, 2**bits)).astype(np.float32))
+    scale = np.full((L, OUT, -(-n // group)), 0.5, np.float16) if group else None
+    encode = jax.jit(Codebook.from_codes, static_argnames=("bits", "group"))
+    return encode(codes, table, scale, bits=bits, group=group)
 
 
 def grouped_sparse() -> Sparse:
     """Zeros, and codes whose scale belongs to a group of the dense row."""
-    values = dataclasses.replace(qtensor(4, n=IN // 2), scale=jnp.ones((L, OUT, 1)))
-    scale = 1.0 + jnp.arange(L * OUT * 3, dtype=jnp.float32).reshape(L, OUT, 3)
+    one = jnp.asarray(np.ones((L, OUT, 1), np.float32))
+    values = dataclasses.replace(qtensor(4, n=IN // 2), scale=one)
+    scale = jnp.asarray(1 + np.arange(L * OUT * 3, dtype=np.float32).reshape(L, OUT, 3))
     leaf = sparse(pattern=(2, 4), values=values)
     return dataclasses.replace(leaf, scale=scale, group=8)
 
@@ -108,64 +113,72 @@ def adapted(base: Compressed) -> Adapted:
 
 
 def row_packed(leaf: QTensor) -> RowPacked:
-    found = RowPacked.of(leaf)
+    found = PACK(leaf)
     assert found is not None
     return found
 
 
-LEAVES = {
-    "int8 rows": qtensor(8),
-    "int8 tensor": qtensor(8, scales="tensor"),
-    "int8 affine": qtensor(8, affine=True),
-    "int8 activations": qtensor(8, activations="int8"),
-    "int4 groups": qtensor(4, group=8, dtype=jnp.float16),
-    "int4 padded": qtensor(4, group=16, n=21),
-    "int3 affine groups": qtensor(3, affine=True, group=8),
-    "int2 padded": qtensor(2, n=13),
-    "int1 tensor": qtensor(1, scales="tensor"),
-    "ternary padded": qtensor(2, n=13, form="ternary"),
-    "ternary groups": qtensor(2, n=24, group=10, form="ternary"),
-    "e4m3 limit": qtensor(
-        8, form="e4m3", activations="e4m3", limit=jnp.full((L, 1, 1), 3.0, jnp.float32)
+MAKE = {
+    "int8 rows": lambda: qtensor(8),
+    "int8 tensor": lambda: qtensor(8, scales="tensor"),
+    "int8 affine": lambda: qtensor(8, affine=True),
+    "int8 activations": lambda: qtensor(8, activations="int8"),
+    "int4 groups": lambda: qtensor(4, group=8, dtype=jnp.float16),
+    "int4 padded": lambda: qtensor(4, group=16, n=21),
+    "int3 affine groups": lambda: qtensor(3, affine=True, group=8),
+    "int2 padded": lambda: qtensor(2, n=13),
+    "int1 tensor": lambda: qtensor(1, scales="tensor"),
+    "ternary padded": lambda: qtensor(2, n=13, form="ternary"),
+    "ternary groups": lambda: qtensor(2, n=24, group=10, form="ternary"),
+    "e4m3 limit": lambda: qtensor(
+        8, form="e4m3", activations="e4m3", limit=np.full((L, 1, 1), 3, np.float32)
     ),
-    "e5m2 groups": qtensor(8, form="e5m2", group=8),
-    "sparse": sparse(),
-    "sparse padded": sparse(n=13),
-    "sparse 2:4": sparse(pattern=(2, 4)),
-    "sparse int8": sparse(values=qtensor(8, n=IN // 2, activations="int8")),
-    "sparse int4 groups": sparse(pattern=(2, 4), values=qtensor(4, n=IN // 2, group=4)),
-    "sparse int4 dense groups": grouped_sparse(),
-    "codebook": codebook(4, 1),
-    "codebook rows padded": codebook(3, OUT, n=21),
-    "codebook groups": codebook(2, 1, group=8),
-    "sparse codebook": sparse(values=codebook(4, OUT, n=IN // 2)),
-    "row packed int4 groups": row_packed(qtensor(4, group=16, n=21, dtype=jnp.float16)),
-    "row packed int3": row_packed(qtensor(3, activations="int8")),
-    "row packed int2 affine": row_packed(qtensor(2, affine=True)),
-    "turned": Turned(qtensor(8), 2.0 + jnp.zeros((L, 1, IN)), hadamard=12),
-    "turned limit": Turned(qtensor(8), limit=jnp.ones((L, 1, 1))),
-    "blocks": blocks(8),
-    "blocks padded": blocks(5),
-    "adapted int4": adapted(qtensor(4, group=8, dtype=jnp.float16)),
+    "e5m2 groups": lambda: qtensor(8, form="e5m2", group=8),
+    "sparse": lambda: sparse(),
+    "sparse padded": lambda: sparse(n=13),
+    "sparse 2:4": lambda: sparse(pattern=(2, 4)),
+    "sparse int8": lambda: sparse(values=qtensor(8, n=IN // 2, activations="int8")),
+    "sparse int4 groups": lambda: sparse(pattern=(2, 4), values=qtensor(4, n=IN // 2, group=4)),
+    "sparse int4 dense groups": lambda: grouped_sparse(),
+    "codebook": lambda: codebook(4, 1),
+    "codebook rows padded": lambda: codebook(3, OUT, n=21),
+    "codebook groups": lambda: codebook(2, 1, group=8),
+    "sparse codebook": lambda: sparse(values=codebook(4, OUT, n=IN // 2)),
+    "row packed int4 groups": lambda: row_packed(qtensor(4, group=16, n=21, dtype=jnp.float16)),
+    "row packed int3": lambda: row_packed(qtensor(3, activations="int8")),
+    "row packed int2 affine": lambda: row_packed(qtensor(2, affine=True)),
+    "turned": lambda: Turned(
+        qtensor(8), jnp.asarray(np.full((L, 1, IN), 2, np.float32)), hadamard=12
+    ),
+    "turned limit": lambda: Turned(qtensor(8), limit=jnp.asarray(np.ones((L, 1, 1), np.float32))),
+    "blocks": lambda: blocks(8),
+    "blocks padded": lambda: blocks(5),
+    "adapted int4": lambda: adapted(qtensor(4, group=8, dtype=jnp.float16)),
 }
 
 
-@pytest.fixture(params=LEAVES, scope="module")
+@functools.cache
+def made(name: str) -> Compressed:
+    """Return a leaf of the list, which is not made on import: each process of tests does that."""
+    return MAKE[name]()
+
+
+@pytest.fixture(params=MAKE, scope="module")
 def leaf(request):
-    return LEAVES[request.param]
+    return made(request.param)
 
 
 def layer(leaf: Compressed, i: int) -> Compressed:
-    return jax.tree.map(lambda a: a[i], leaf)
+    return SLICE(leaf, i)
 
 
 def test_every_leaf_type_stands_in_the_list():
-    assert {type(leaf) for leaf in LEAVES.values()} == set(Compressed.__subclasses__())
+    assert {type(made(name)) for name in MAKE} == set(Compressed.__subclasses__())
 
 
 def test_describes_itself(leaf):
     leaf.check()
-    dense = leaf.decode()
+    dense = DECODE(leaf)
     chex.assert_shape(dense, leaf.shape)
     chex.assert_type(dense, leaf.dtype)
     assert leaf.ndim == 3
@@ -187,12 +200,12 @@ def test_jit_scan_and_vmap_equal_a_loop_over_layers(leaf):
         return leaf.decode(), jax.lax.scan(body, 0, leaf)[1], jax.vmap(decode)(leaf)
 
     whole, scanned, mapped = jax.jit(run)(leaf)
-    loop = np.stack([layer(leaf, i).decode() for i in range(L)])
+    loop = np.stack([DECODE(layer(leaf, i)) for i in range(L)])
     for got in (whole, scanned, mapped):
         chex.assert_trees_all_close(
             got, loop, rtol=1e-6, atol=1e-6, strict=True
         )  # XLA may fuse multiply and add
-    chex.assert_trees_all_equal(leaf.decode(), loop, strict=True)
+    chex.assert_trees_all_equal(DECODE(leaf), loop, strict=True)
 
 
 def test_it_is_traced_once_for_all_layers(leaf):
@@ -212,7 +225,7 @@ def test_abstract_evaluation_knows_the_shape(leaf):
     assert shapes.shape == leaf.shape
     assert shapes.nbytes == leaf.nbytes
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, leaf)
-    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(decode, leaf), leaf.decode())
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(decode, leaf), DECODE(leaf))
 
 
 def test_stack_and_unstack(leaf):
@@ -295,7 +308,7 @@ def test_an_unknown_type_names_those_that_are_known():
 
 
 def test_broken_arrays_are_refused():
-    tensors, fields = to_tensors(LEAVES["int4 groups"])
+    tensors, fields = to_tensors(made("int4 groups"))
     with pytest.raises(InputError, match="3 groups do not divide|scale has shape"):
         from_tensors({**tensors, "scale": tensors["scale"][:, :2]}, fields)
     with pytest.raises(InputError, match="bits is 12"):

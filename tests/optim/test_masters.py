@@ -21,7 +21,11 @@ RANDOM = np.random.default_rng(1)
 X = RANDOM.normal(size=(32, 6)).astype(np.float32)
 STREAM = data.Stream({"features": X, "labels": (X[:, 0] > X[:, 1]).astype(np.int32)}, 32)
 MODEL = mlp.model(mlp.Config(6, (16, 16), 2))
-FIRST = jax.jit(MODEL.init)(jax.random.key(2))
+
+
+@functools.cache
+def first():
+    return jax.jit(MODEL.init)(jax.random.key(2))
 
 
 def fall(dtype, **settings) -> tuple[float, train.TrainState]:
@@ -32,7 +36,7 @@ def fall(dtype, **settings) -> tuple[float, train.TrainState]:
         log_every=149,
         **{"learning_rate": 1e-4, **settings},
     )
-    start = tree.cast(FIRST, dtype)
+    start = tree.cast(first(), dtype)
     state, rows = train.fit(MODEL, STREAM, config, params=start, loss=losses.classification)
     assert {a.dtype for a in jax.tree.leaves(state.params)} == {jnp.dtype(dtype)}
     return rows[0]["loss"] - rows[-1]["loss"], state
@@ -65,12 +69,12 @@ def test_a_weight_is_its_master_rounded():
 def test_nothing_is_added_for_float32_and_compressed_weights():
     optimizer = optax.adam(0.1)
     chex.assert_trees_all_equal_structs(
-        init_state(FIRST, optimizer).opt_state, optimizer.init(FIRST)
+        init_state(first(), optimizer).opt_state, optimizer.init(first())
     )
-    codes = optim.quantize_weights(FIRST, [(".*_bias", None), (".*", 8)])
+    codes = optim.quantize_weights(first(), [(".*_bias", None), (".*", 8)])
     rules = [(".*", True)]
     assert not isinstance(init_state(codes, optimizer, rules).opt_state, Masters)
-    some = {**FIRST, "head": FIRST["head"].astype(jnp.bfloat16)}
+    some = {**first(), "head": first()["head"].astype(jnp.bfloat16)}
     assert list(tree.flatten(init_state(some, optimizer).opt_state.params)) == ["head"]
 
 
@@ -86,7 +90,7 @@ def test_a_weight_that_was_changed_meanwhile_is_its_own_master():
 def test_a_step_that_is_left_out_leaves_them(tmp_path):
     guard = optim.Guard()
     optimizer = optax.adam(1e-3)
-    params = tree.cast(FIRST, jnp.bfloat16)
+    params = tree.cast(first(), jnp.bfloat16)
     state = init_state(params, optimizer, guard=guard)
     step = jax.jit(make_step(MODEL, losses.classification, optimizer, guard=guard))
     batch = STREAM.batch(0)
@@ -101,7 +105,7 @@ def test_they_are_restored(tmp_path):
         MODEL,
         STREAM,
         config,
-        params=tree.cast(FIRST, jnp.bfloat16),
+        params=tree.cast(first(), jnp.bfloat16),
         loss=losses.classification,
         checkpoints=tmp_path / place,
         supervisor=distributed.RunMonitor(stop=lambda i: i == stop),

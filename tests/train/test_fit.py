@@ -5,6 +5,7 @@ back, one compilation.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 
 import jax
@@ -255,7 +256,12 @@ def test_a_last_checkpoint_that_fails_does_not_cost_the_run(tmp_path, monkeypatc
         checkpoints.close()
 
 
-STATE = init_state(jax.jit(MODEL.init)(jax.random.key(0)), optax.sgd(0.1))
+@functools.cache
+def state(step: int) -> train.TrainState:
+    start = init_state(jax.jit(MODEL.init)(jax.random.key(0)), optax.sgd(0.1))
+    return dataclasses.replace(start, step=jnp.int32(step))
+
+
 REFUSED = {
     "patience: 2 given without held-out batches": {
         "config": train.TrainConfig(patience=2, eval_every=20)
@@ -264,11 +270,9 @@ REFUSED = {
         "config": train.TrainConfig(on_bad_step="rewind")
     },
     "trainable: nothing trains": {"config": train.TrainConfig(trainable=[(".*", False)])},
-    "steps: 2 given; 3 have already been taken": {
-        "state": dataclasses.replace(STATE, step=jnp.int32(3))
-    },
+    "steps: 2 given; 3 have already been taken": {"state": 3},
     "state: it belongs to another model, optimizer or config; only one of the two has opt_state": {
-        "state": STATE
+        "state": 0
     },
 }
 
@@ -276,6 +280,8 @@ REFUSED = {
 @pytest.mark.parametrize("said", REFUSED)
 def test_what_cannot_be_trained_is_refused(said):
     options = {"config": train.TrainConfig(steps=2), **REFUSED[said]}
+    if "state" in options:  # at that step
+        options["state"] = state(options["state"])
     more = {"optimizer": optax.sgd(0.1)} if said.startswith("steps") else {}
     with pytest.raises(InputError, match=said):
         fit(options.pop("config"), **options, **more)

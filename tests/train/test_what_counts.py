@@ -32,10 +32,14 @@ def log_softmax(z):
 # ------------------------------------------------------------------------------------------ targets
 
 TEXT = gpt2.model(gpt2.Config(150, 16, 1, 2, 16))
-TEXT_PARAMS = jax.jit(TEXT.init)(jax.random.key(1))
 TOKENS = RANDOM.integers(0, 150, (3, 6)).astype(np.int32)
 TARGETS = RANDOM.integers(0, 150, (3, 6)).astype(np.int32)
 COUNTS = RANDOM.random((3, 6)) < 0.5
+
+
+@functools.cache
+def text_params():
+    return jax.jit(TEXT.init)(jax.random.key(1))
 
 
 @functools.cache
@@ -46,11 +50,11 @@ def text_program(chunk):
 
 @functools.cache
 def text_logp():
-    return log_softmax(jax.jit(TEXT.apply)(TEXT_PARAMS, jnp.asarray(TOKENS)).logits)
+    return log_softmax(jax.jit(TEXT.apply)(text_params(), jnp.asarray(TOKENS)).logits)
 
 
 def text_loss(batch, chunk=None):
-    (value, metrics), grads = text_program(chunk)(TEXT_PARAMS, jax.tree.map(jnp.asarray, batch))
+    (value, metrics), grads = text_program(chunk)(text_params(), jax.tree.map(jnp.asarray, batch))
     return float(value), float(metrics["weight"]), grads
 
 
@@ -313,7 +317,7 @@ def test_tokens_and_rows_with_weights_of_their_own():
     want = -np.take_along_axis(logp, TARGETS[..., None], -1)[..., 0][COUNTS].mean()
     config = train.TrainConfig(steps=1, learning_rate=0.0)
     _, found = train.fit(
-        TEXT, data.Stream(windows, 3), config, params=TEXT_PARAMS, heldout=data.Stream(windows, 2)
+        TEXT, data.Stream(windows, 3), config, params=text_params(), heldout=data.Stream(windows, 2)
     )
     assert found[-1]["heldout_loss"] == pytest.approx(want, rel=1e-5)
 
