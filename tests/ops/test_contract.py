@@ -24,6 +24,9 @@ IN = 32
 # A program for each shape in place of one for each of its operations. Without jit the operation is
 # called where errors and dtypes are tested.
 einsum = jax.jit(ops.einsum, static_argnums=(0, 3), static_argnames=("h", "H", "g"))
+conv = jax.jit(ops.conv, static_argnames=("kernel", "stride", "padding"))
+encode = jax.jit(QTensor.from_codes, static_argnames=("bits", "group", "activations"))
+decoded = jax.jit(decode)
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -50,7 +53,7 @@ def quantise(
     codes = np.round((grouped - np.expand_dims(low, -1)) / scale[..., None])
     codes = (np.where(grouped < 0, -1, 1) if bits == 1 else codes).reshape(wide.shape)[..., :n]
     f32 = lambda a: jnp.asarray(a, jnp.float32)
-    return QTensor.from_codes(
+    return encode(
         jnp.asarray(codes, jnp.int32),
         f32(scale),
         f32(low) if affine else None,
@@ -71,7 +74,8 @@ def with_values(leaf: Sparse, *args, **kwargs) -> Sparse:
 
 
 def sparse(w: jax.Array) -> Sparse:
-    return Sparse.from_dense(jnp.where(jnp.abs(w) > 0.8, w, 0))
+    dense = np.asarray(w)
+    return Sparse.from_dense(jnp.asarray(np.where(np.abs(dense) > 0.8, dense, 0)))
 
 
 WEIGHT_ONLY = {
@@ -183,7 +187,7 @@ def test_einsum_of_a_compressed_leaf_is_that_of_its_decoded_weight(name):
     leaf = MAKE[name](normal(OUT, IN))
     x = normal(2, 3, leaf.shape[-1], seed=1)
     want = np.einsum(
-        "btd,fd->btf", np.asarray(x, np.float64), np.asarray(leaf.decode(), np.float64)
+        "btd,fd->btf", np.asarray(x, np.float64), np.asarray(decoded(leaf), np.float64)
     )
     got = einsum("BTD,FD->BTF", x, leaf)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -204,10 +208,10 @@ def reference_int8(x: jax.Array, w: np.ndarray) -> np.ndarray:
 def test_int8_activations_equal_the_reference(name, rows):
     leaf = DYNAMIC[name](normal(OUT, IN))
     x = normal(rows, IN, seed=2)
-    want = reference_int8(x, np.asarray(leaf.decode(), np.float64))
+    want = reference_int8(x, np.asarray(decoded(leaf), np.float64))
     np.testing.assert_allclose(einsum("BD,FD->BF", x, leaf), want, rtol=1e-5, atol=1e-5)
     assert (
-        np.abs(want - np.asarray(x) @ np.asarray(leaf.decode()).T).max() > 1e-3
+        np.abs(want - np.asarray(x) @ np.asarray(decoded(leaf)).T).max() > 1e-3
     )  # rounding is there
 
 
@@ -289,9 +293,9 @@ def test_policy_chooses_the_dtypes():
     np.testing.assert_array_equal(kept, 512.125)
     assert ops.embed(w, jnp.zeros((1, 1), jnp.int32), policy).dtype == jnp.bfloat16
     for make in DYNAMIC.values():  # a bfloat16 stream into int8 rounding
-        assert (
-            ops.einsum("BD,FD->BF", x.astype(jnp.bfloat16), make(w), policy).dtype == jnp.bfloat16
-        )
+        run = lambda x, w: ops.einsum("BD,FD->BF", x, w, policy)
+        narrow = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
+        assert jax.eval_shape(run, narrow, make(w)).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("field", ["compute_dtype", "activation_dtype", "cache_dtype", "remat"])
@@ -315,7 +319,7 @@ def test_gradients_pass_the_rounding_of_int8_activations(name):
     )
     got = run(x, seed)
     np.testing.assert_allclose(
-        got, np.asarray(seed) @ np.asarray(leaf.decode()), rtol=1e-4, atol=1e-4
+        got, np.asarray(seed) @ np.asarray(decoded(leaf)), rtol=1e-4, atol=1e-4
     )
     one = run(x[:1], seed[:1])
     np.testing.assert_allclose(one, got[:1], rtol=1e-5, atol=1e-5)
@@ -346,7 +350,7 @@ def test_take_is_rows_of_the_decoded_table(name):
     got = run(table, ids)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(
-        got, np.asarray(decode(table))[np.asarray(ids)], rtol=1e-6, atol=1e-6
+        got, np.asarray(decoded(table))[np.asarray(ids)], rtol=1e-6, atol=1e-6
     )
     outside = run(table, jnp.asarray([[-1, 7, 1000]] * 2))
     assert np.all(np.isnan(outside))
@@ -380,9 +384,9 @@ def test_conv_of_an_array_against_lax_and_patches(kernel, stride, padding):
         precision="highest",
     ).transpose(0, 2, 3, 1)
     arguments = {"kernel": kernel, "stride": stride, "padding": padding}
-    np.testing.assert_allclose(ops.conv(x, flat, **arguments), want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(conv(x, flat, **arguments), want, rtol=1e-4, atol=1e-5)
     probe = ops.Probe(flat, zeros_for(flat.shape, []))  # contracts patches
-    np.testing.assert_allclose(ops.conv(x, probe, **arguments), want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(conv(x, probe, **arguments), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4 groups", "sparse 2:4", "dynamic", "dynamic sparse"])
@@ -390,19 +394,20 @@ def test_conv_of_a_compressed_leaf(name):
     x = normal(2, 5, 5, 8)
     w = normal(OUT, 8 * 4, seed=1)
     leaf = MAKE[name](w)
-    got = ops.conv(x, leaf, kernel=(2, 2), padding="VALID")
+    got = conv(x, leaf, kernel=(2, 2), padding="VALID")
     if name.startswith("dynamic"):
+        pixels = np.asarray(x)
         patches = np.stack(
             [
-                x[:, i : i + 2, j : j + 2].transpose(0, 3, 1, 2).reshape(2, -1)
+                pixels[:, i : i + 2, j : j + 2].transpose(0, 3, 1, 2).reshape(2, -1)
                 for i in range(4)
                 for j in range(4)
             ],
             1,
         )
-        want = reference_int8(patches, np.asarray(leaf.decode(), np.float64)).reshape(2, 4, 4, OUT)
+        want = reference_int8(patches, np.asarray(decoded(leaf), np.float64)).reshape(2, 4, 4, OUT)
     else:
-        want = ops.conv(x, leaf.decode(), kernel=(2, 2), padding="VALID")
+        want = conv(x, decoded(leaf), kernel=(2, 2), padding="VALID")
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 

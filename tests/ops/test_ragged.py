@@ -39,9 +39,10 @@ def quantise(w: jax.Array, bits: int = 8, group: int | None = None, **static) ->
     grouped = np.asarray(w).reshape(*w.shape[:-1], -1, group or w.shape[-1])
     scale = np.abs(grouped).max(-1) / (2 ** (bits - 1) - 1)
     codes = np.round(grouped / scale[..., None]).astype(np.int32).reshape(w.shape)
-    return QTensor.from_codes(
-        jnp.asarray(codes), jnp.asarray(scale), bits=bits, group=group, **static
-    )
+    return encode(codes, scale, bits=bits, group=group, **static)
+
+
+encode = jax.jit(QTensor.from_codes, static_argnames=("bits", "group", "activations"))
 
 
 def affine(w: jax.Array) -> QTensor:
@@ -51,13 +52,11 @@ def affine(w: jax.Array) -> QTensor:
     codes = (
         np.round((grouped - low[..., None]) / scale[..., None]).astype(np.int32).reshape(w.shape)
     )
-    return QTensor.from_codes(
-        jnp.asarray(codes), jnp.asarray(scale), jnp.asarray(low), bits=4, group=8
-    )
+    return encode(codes, scale, low, bits=4, group=8)
 
 
 def sparse(w: jax.Array) -> Sparse:
-    return Sparse.from_dense(jnp.where(w > 0, w, 0))
+    return Sparse.from_dense(jnp.asarray(np.maximum(np.asarray(w), 0)))
 
 
 def sparse_int8(w: jax.Array) -> Sparse:
@@ -83,11 +82,14 @@ def one_by_one(
     x: jax.Array, w, sizes: tuple[int, ...], policy: ops.Policy = ops.Policy()
 ) -> jax.Array:
     """Each group's rows with its own matrix."""
+    return each(x, w, own_rows(x.shape[0], sizes), policy)
+
+
+def own_rows(count: int, sizes: tuple[int, ...]) -> jax.Array:
+    """Which rows are those of each group."""
     ends = np.cumsum(sizes)[:, None]
-    rows = np.arange(x.shape[0])
-    return each(
-        x, w, jnp.asarray((rows < ends) & (rows >= ends - np.array(sizes)[:, None])), policy
-    )
+    rows = np.arange(count)
+    return jnp.asarray((rows < ends) & (rows >= ends - np.array(sizes)[:, None]))
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -168,12 +170,13 @@ def test_gradients(kind):
     run = jax.jit(
         jax.grad(lambda x, f, sizes: loss(lambda x, w: ops.ragged(x, w, sizes), x, f), (0, 1))
     )
+    by_each = jax.jit(
+        jax.grad(lambda x, f, own: loss(lambda x, w: each(x, w, own, ops.Policy()), x, f), (0, 1))
+    )
     tolerance = 1e-2 if kind == "bfloat16" else 1e-4
     for sizes in (SIZES[0], SIZES[2], SIZES[4]):
         got = run(x, floats, array(sizes))
-        want = jax.grad(lambda *a, s=sizes: loss(lambda x, w: one_by_one(x, w, s), *a), (0, 1))(
-            x, floats
-        )
+        want = by_each(x, floats, own_rows(N, sizes))
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(
                 *(np.asarray(v, np.float32) for v in (a, b)), tolerance, tolerance
@@ -222,7 +225,7 @@ def test_under_scan_remat_and_vmap():
         return jnp.sum(x**2)
 
     got = jax.jit(jax.grad(stack, (0, 1)))(x, w)
-    want = jax.grad(loop, (0, 1))(x, w)
+    want = jax.jit(jax.grad(loop, (0, 1)))(x, w)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
     both = jnp.stack([array(SIZES[0]), array(SIZES[1])])
     mapped = jax.jit(jax.vmap(lambda x, s: ops.ragged(x, w[0], s)))(jnp.stack([x, -x]), both)
