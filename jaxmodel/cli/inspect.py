@@ -105,9 +105,18 @@ def summary(options: Summary, folder: Any) -> dict[str, Any]:
     """Return the leaves of a bundle, or of a size without weights."""
     from jaxmodel import models as house
     from jaxmodel.cli import resolved
+    from jaxmodel.hub import Bundle
 
     model, params, card = _named(options.name)
-    rows = house.summary(model, params)
+    if options.running and params is None:
+        raise InputError(
+            f"--running: {options.name!r} is a size without weights; allowed: a bundle"
+        )
+    rows = (
+        Bundle(model, params, card=card).summary()
+        if options.running and params is not None
+        else house.summary(model, params)
+    )
     total = {key: sum(row[key] for row in rows) for key in ("parameters", "bytes")}
     said = {
         "name": options.name,
@@ -163,7 +172,10 @@ def show_summary(result: dict[str, Any], console: Any) -> None:
     title = f"{result['name']} ({result['family']})" + (
         "" if result["weights"] else ", without weights"
     )
-    report.print_table(result["leaves"], columns(), title, console)
+    shown = columns()
+    if "runs" in next(iter(result["leaves"]), {}):
+        shown.append(report.Column("runs"))
+    report.print_table(result["leaves"], shown, title, console)
     console.print(
         f"{result['parameters']:,} parameters, {size(result['bytes'])}, "
         f"{result['bits_per_weight']:.2f} bits a weight",

@@ -310,6 +310,10 @@ class Summary(Common):
             help=f"{SOURCE[0].upper()}{SOURCE[1:]}; or a size that `models` lists.",
         ),
     ]
+    running: Annotated[
+        bool,
+        arg(help="Show the form that runs on this machine instead of the stored one, and how."),
+    ] = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxmodel import axes, moved, schema, tree
+from jaxmodel import axes, moved, report, schema, tree
 from jaxmodel.adapt.adapters import split_adapters
 from jaxmodel.errors import InputError, require
 from jaxmodel.hub import (
@@ -48,9 +48,9 @@ from jaxmodel.hub.weights import WEIGHTS, check_depth, count_tensors, open_folde
 from jaxmodel.leaves.fields import digest
 from jaxmodel.leaves.leaf import to_tensors
 from jaxmodel.models import Model
-from jaxmodel.models.contents import outline
+from jaxmodel.models.contents import columns, outline, summary
 from jaxmodel.models.foreign import Foreign
-from jaxmodel.ops import Policy
+from jaxmodel.ops import Policy, kernels
 
 __all__ = ["Bundle", "check_target", "load", "need_processor", "save"]
 
@@ -113,10 +113,10 @@ class Bundle:
 
         Sparse leaves are expanded, maps of the same input are fused, and on a CPU codes of few bits
         get a layout that unpacks fast (`jaxmodel.hub.running` has the table, with measurements);
-        `models.summary(bundle.model, bundle.for_inference())` shows the form of each leaf. The
-        result is made once for each bundle and kept as long as the bundle, beside `params`. Params
-        that are in this form already are not copied, so `dataclasses.replace(bundle,
-        params=bundle.for_inference())` is a bundle that holds only what runs.
+        `summary` shows the form of each leaf. The result is made once for each bundle and kept as
+        long as the bundle, beside `params`. Params that are in this form already are not copied, so
+        `dataclasses.replace(bundle, params=bundle.for_inference())` is a bundle that holds only
+        what runs.
 
         Args:
           memory: "fast", or "packed" for the fastest form that takes no more bytes than the stored
@@ -126,6 +126,26 @@ class Bundle:
           InputError: `memory` is another word.
         """
         return self._running(self.memory if memory is None else memory)
+
+    def summary(self, memory: str | None = None) -> list[dict[str, Any]]:
+        """Return a row for each leaf of `for_inference`: its form, and how its products run here.
+
+        Args:
+          memory: as in `for_inference`.
+
+        Returns:
+          The rows of `models.summary`, with `runs`: words such as "kernel in C++ up to 32
+          rows, then unpacked for products in float", with the reason where a kernel is missing.
+
+        Raises:
+          InputError: as in `for_inference`.
+        """
+        params = self.for_inference(memory)
+        leaves = tree.flatten(params)
+        rows = [
+            row | {"runs": kernels.says(leaves[row["path"]])} for row in summary(self.model, params)
+        ]
+        return report.Rows(rows, [*columns(), report.Column("runs")])
 
     @functools.cached_property
     def _running(self) -> Callable[[str], tree.Params]:

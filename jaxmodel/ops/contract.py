@@ -31,6 +31,7 @@ from jaxmodel.leaves import (
     decode,
 )
 from jaxmodel.leaves.qtensor import FLOATS
+from jaxmodel.ops import kernels
 from jaxmodel.ops.block_sparse import beside, block_product
 from jaxmodel.ops.norms import on_last
 from jaxmodel.ops.policy import Policy
@@ -256,20 +257,23 @@ def _of_codes(
             dense,
             policy,
         )
+    if w.activations is not None and not kernels.of_int8(w):
+        x = _rounded(x, w)
+    return kernels.product(x, w, functools.partial(_plain, policy=policy))
+
+
+def _plain(x: Float[Array, "... in"], w: QTensor | RowPacked, policy: Policy) -> Array:
+    """Compute the product of rounded activations with codes in XLA."""
     compute = jnp.dtype(policy.compute_dtype)
     if isinstance(w, RowPacked):
-        x = x if w.activations is None else _rounded(x, w)
         # A single row does not pay for rounding each weight to 16 bits (0.8x of float32 on a CPU
         # with bfloat16 units, where float32 is 2.1x): it is computed more exactly than asked for.
         wide = _one_row_on_cpu(x) and compute == jnp.bfloat16
         compute = jnp.dtype(jnp.float32) if wide else compute
         return _dot(x, decode(w, compute), compute)
-    plain_codes = w.groups == 1 and w.minimum is None
-    if w.activations == "int8" and plain_codes and w.form not in FLOATS:
+    if kernels.of_int8(w):
         return _int8_matmul(x, w)
-    if w.activations is not None:
-        x = _rounded(x, w)
-    if plain_codes:
+    if w.groups == 1 and w.minimum is None:
         return _dot(x, w.codes().astype(compute), compute) * _row_scale(w, x.ndim)
     return _dot(x, decode(w, compute), compute)
 

@@ -15,6 +15,8 @@ from PIL import Image
 from jaxmodel import compress, hub, tree
 from jaxmodel.cli import inspect
 from jaxmodel.cli.inspect import WEIGHTS
+from jaxmodel.cli.options import Summary
+from jaxmodel.errors import InputError
 from jaxmodel.hub.images import ImageProcessor
 from jaxmodel.hub.pretrained import KNOWN
 from jaxmodel.models import bert, lenet, llama, sizes, vit
@@ -197,6 +199,18 @@ def test_summary_of_a_bundle(capsys, folder):
     assert (
         "QTensor(bits=8" in call(capsys, "summary", folder / "small", "--runs", folder / "runs").out
     )
+
+
+def test_summary_of_what_runs(capsys, folder):
+    """Fused leaves, with how their products run; sizes have no weights to run."""
+    got = as_json(capsys, folder, "summary", folder / "small", "--running")
+    runs = {row["path"]: row["runs"] for row in got["leaves"]}
+    assert runs["blocks/0-2/mlp/gate+up"].startswith(("kernel in C++", "products of int8"))
+    assert runs["norm/weight"] == "products in float"
+    shown = call(capsys, "summary", folder / "small", "--running", "--runs", folder / "runs").out
+    assert "runs" in shown and "products in" in " ".join(shown.split())
+    with pytest.raises(InputError, match="--running: 'llama/tiny' is a size without weights"):
+        inspect.summary(Summary(name="llama/tiny", running=True), None)
 
 
 def test_a_notebook_shows_the_same(folder, monkeypatch):
