@@ -11,7 +11,7 @@ from jaxmodel.generation.generate import (
 )
 from jaxmodel.generation.hypotheses import beam_texts
 from jaxmodel.generation.sampling import GREEDY, SamplingParams
-from jaxmodel.generation.timing import measure_speed
+from jaxmodel.generation.timing import compare_speed, measure_speed
 
 __all__ = [
     "GREEDY",
@@ -19,6 +19,7 @@ __all__ = [
     "SamplingParams",
     "beam_search",
     "beam_texts",
+    "compare_speed",
     "for_inference",
     "generate",
     "generate_ids",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -44,24 +45,81 @@ def measure_speed(
     Raises:
       InputError: `prompt` or `cache` below 1.
     """
-    model = bundle.model
-    params = bundle.for_inference()
+    speeds = {}
+    for name, (tokens, work) in tasks(bundle, streams, prompt, new, cache).items():
+        work().block_until_ready()  # compiles
+        speeds[name] = tokens / min(_seconds(work) for _ in range(repeats))
+    return speeds
+
+
+def compare_speed(
+    base: Bundle,
+    other: Bundle,
+    streams: Sequence[int] = (1, 8),
+    prompt: int = 512,
+    new: int = 16,
+    cache: int = 256,
+    turns: int = 5,
+) -> dict[str, float]:
+    """Measure how many times as fast as `base` another bundle is, both in turns.
+
+    Other work on the machine slows single runs, so each turn runs one after the other, and the
+    median of the turns' ratios counts.
+
+    Args:
+      base: what a ratio of 1 stands for.
+      other: the bundle of interest.
+      streams: as in `measure_speed`.
+      prompt: as in `measure_speed`.
+      new: as in `measure_speed`.
+      cache: as in `measure_speed`.
+      turns: number of ratios of which the median is taken.
+
+    Returns:
+      Ratios, with the keys of `measure_speed`.
+
+    Raises:
+      InputError: as in `measure_speed`, or `turns` below 1.
+    """
+    at_least("turns", turns)
+    first, second = (tasks(one, streams, prompt, new, cache) for one in (base, other))
+    ratios = {}
+    for name, (_, slow) in first.items():
+        fast = second[name][1]
+        for work in (slow, fast):
+            work().block_until_ready()  # compiles
+        ratios[name] = statistics.median(_seconds(slow) / _seconds(fast) for _ in range(turns))
+    return ratios
+
+
+def tasks(
+    bundle: Bundle, streams: Sequence[int], prompt: int, new: int, cache: int
+) -> dict[str, tuple[int, Callable[[], jax.Array]]]:
+    """Return what is measured, by name: a number of tokens, and a function that runs them.
+
+    Args:
+      bundle: as in `measure_speed`.
+      streams: as in `measure_speed`.
+      prompt: as in `measure_speed`.
+      new: as in `measure_speed`.
+      cache: as in `measure_speed`.
+
+    Raises:
+      InputError: as in `measure_speed`.
+    """
     for name, tokens in (("prompt", prompt), ("cache", cache)):
         at_least(name, tokens)
+    model = bundle.model
+    params = bundle.for_inference()
     prompt = min(prompt, model.config.context)
     cache = min(cache, model.config.context)
     row = [i % model.config.vocab for i in range(prompt)]
-
-    def read() -> jax.Array:
-        return decode.prefill(model, params, [row], 1)[0]
-
-    read().block_until_ready()
-    speeds = {"prefill_tps": prompt / _best(read, repeats)}
+    read = lambda: decode.prefill(model, params, [row], 1)[0]
+    found: dict[str, tuple[int, Callable[[], jax.Array]]] = {"prefill_tps": (prompt, read)}
     for rows in streams:
-        write = _writer(model, params, rows, cache)
-        write(0).block_until_ready()  # compiles
-        speeds[f"decode_tps_{rows}"] = rows * new / _best(functools.partial(write, new), repeats)
-    return speeds
+        write = functools.partial(_writer(model, params, rows, cache), new)
+        found[f"decode_tps_{rows}"] = rows * new, write
+    return found
 
 
 def _writer(
@@ -86,11 +144,7 @@ def _writer(
     return write
 
 
-def _best(work: Callable[[], jax.Array], repeats: int) -> float:
-    """Return the seconds of the fastest of several runs."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work().block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+def _seconds(work: Callable[[], jax.Array]) -> float:
+    start = time.perf_counter()
+    work().block_until_ready()
+    return time.perf_counter() - start

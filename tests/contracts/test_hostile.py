@@ -312,6 +312,12 @@ CALLS: dict[str, tuple[Given, Callable[[Any], Any]]] = {
             bundle(params), streams=(1,), prompt=4, new=1, cache=4, repeats=1
         ),
     ),
+    "generation.compare_speed": (
+        TEXT,
+        lambda params: generation.compare_speed(
+            bundle(params), bundle(params), streams=(1,), prompt=4, new=1, cache=4, turns=1
+        ),
+    ),
     "generation.for_inference": (
         TEXT,
         lambda params: generation.for_inference(bundle(params)).params,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.util
+import types
 import weakref
 
 import jax
@@ -14,12 +15,14 @@ from jaxmodel.errors import InputError
 from jaxmodel.generation import (
     GenerationRequest,
     SamplingParams,
+    compare_speed,
     decode,
     for_inference,
     generate,
     generate_ids,
     measure_speed,
     stream,
+    timing,
 )
 from jaxmodel.hub.pretrained import from_pretrained
 
@@ -293,6 +296,28 @@ def test_speed_is_measured(bundle):
     )  # 512 and 256 become the context of 128
     with pytest.raises(InputError, match="prompt: 0 given; allowed: a whole number of at least 1"):
         measure_speed(bundle, prompt=0)
+
+
+def test_speeds_are_compared_in_turns(bundle, monkeypatch):
+    """The median of the turns' ratios counts, so a turn that other work slowed down does not."""
+    calls = []
+
+    def tasks(given, *sizes):
+        def work():
+            calls.append(given)
+            return jax.numpy.zeros(())
+
+        return {"decode_tps_1": (1, work)}
+
+    # pairs of begin and end: base and other for three turns, the second of which is slowed down
+    clock = iter(np.array([0, 6, 6, 8, 8, 88, 88, 90, 90, 96, 96, 98], float).tolist())
+    monkeypatch.setattr(timing, "tasks", tasks)
+    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    other = dataclasses.replace(bundle)
+    found = compare_speed(bundle, other, turns=3)
+    assert found == {"decode_tps_1": 3.0} and calls == [bundle, other] * 4
+    with pytest.raises(InputError, match="turns: 0 given"):
+        compare_speed(bundle, bundle, turns=0)
 
 
 @pytest.mark.skipif(
