@@ -402,7 +402,12 @@ def cut(
     size = min(group or n, n)
     groups = -(-n // size)
     index = jnp.minimum(jnp.arange(groups * size), n - 1)
-    split = lambda array: array[..., index].reshape(*array.shape[:-1], groups, size)
+
+    def split(array: Array) -> Array:
+        # looking all weights up takes longer than rounding them
+        whole = array if groups * size == n else array[..., index]
+        return whole.reshape(*array.shape[:-1], groups, size)
+
     inside = (jnp.arange(groups * size) < n).astype(jnp.float32).reshape(groups, size)
     counts = inside if importance is None else inside * split(importance)
     counts = jnp.broadcast_to(counts, (out, groups, size))
