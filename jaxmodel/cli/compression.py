@@ -15,7 +15,7 @@ from jaxmodel.cli.options import Compare, Compress, Sensitivity
 from jaxmodel.compress.apply import needs_of
 from jaxmodel.compress.recipe_file import SUFFIXES
 from jaxmodel.compress.recipes import ByRole
-from jaxmodel.compress.report import columns, said
+from jaxmodel.compress.report import columns, said, sizes, speeds
 from jaxmodel.compress.sensitivity import COLUMNS, draw
 from jaxmodel.data.text import Text
 from jaxmodel.errors import InputError
@@ -23,7 +23,7 @@ from jaxmodel.evaluate.compare import COLUMNS as VERSIONS
 from jaxmodel.hub.bundle import check_target
 from jaxmodel.progress import step
 from jaxmodel.report import plot
-from jaxmodel.report.table import size, text
+from jaxmodel.report.table import text
 
 BY_DEFAULT = "english_train"
 """The text that statistics are of if none is given."""
@@ -38,10 +38,12 @@ def run_compress(options: Compress, folder: Any) -> dict[str, Any]:
     recipe = _recipe(options.recipe, options.rule)
     check_target(options.out)
     source = options.calibration
-    if source is None and (wants(recipe) or options.order == "sequential"):
-        source = BY_DEFAULT
+    needed = wants(recipe) or options.order == "sequential" or options.cap is not None
+    source = BY_DEFAULT if source is None and needed else source
     given = None if source is None else data.load_text(source)
     bundle = hub.from_pretrained(options.model, adapters=options.adapter)
+    if options.latency and not bundle.model.continues:
+        raise InputError("--latency: given for a model that does not continue texts; leave it out")
     batches = None if given is None else _batches(bundle, given, options)
     if given is not None:
         folder.resolve(calibration=resolved.of_text(given))
@@ -50,12 +52,17 @@ def run_compress(options: Compress, folder: Any) -> dict[str, Any]:
         recipe,
         batches=batches,
         order=options.order,
+        held_out=options.held_out,
+        cap=options.cap,
         key=_key(options.seed),
         on_row=lambda row: folder.log(**row),
     )
     folder.resolve(model=resolved.of_model(smaller.model), recipe=recipe.texts())
     with step("save"):
-        smaller.save_pretrained(options.out)
+        done = done.on_disk(smaller.save_pretrained(options.out))
+    if options.latency:
+        with step("latency"):
+            done = dataclasses.replace(done, latency=compress.latency(bundle, smaller))
     _save_plot(folder, "errors", done.plot)
     result = dataclasses.asdict(done)
     if given is not None:
@@ -63,7 +70,6 @@ def run_compress(options: Compress, folder: Any) -> dict[str, Any]:
         result["protocol"] = {**result["protocol"], **told}
     return {
         **result,
-        "file_bytes": sum(f.stat().st_size for f in Path(options.out).glob("*.safetensors")),
         "recipe": options.recipe,
         "out": options.out,
     }
@@ -73,10 +79,17 @@ def show_compress(result: dict[str, Any], console: Any) -> None:
     """Print the leaves, and what became of the whole."""
     title = f"{result['recipe']} -> {text(result['out'])}"
     report.print_table(result["leaves"], columns(result["leaves"]), title, console)
-    console.print(
-        f"{size(result['bytes_before'])} -> {size(result['bytes_after'])}, "
-        f"{result['bits_per_weight']:.3f} bits a weight, file {size(result['file_bytes'])}"
+    done = compress.Report(
+        **{one.name: result[one.name] for one in dataclasses.fields(compress.Report)}
     )
+    console.print(sizes(done), markup=False)
+    if done.latency:
+        told = done.latency
+        console.print(f"tokens/s: {speeds(told)}", markup=False)
+        where = (
+            f"prompt of {told['prompt']}, cache of {told['cache']}, median of {told['turns']} turns"
+        )
+        console.print(f"({where})")
     if result["protocol"]:
         told = result["protocol"]
         console.print(

@@ -14,7 +14,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from jaxmodel.cli.common import SOURCE, TEXT, Common, defaults
 from jaxmodel.cli.train_options import Launch, Replay, Resume, Train
-from jaxmodel.errors import InputError, within
+from jaxmodel.errors import ABOVE_ZERO, BELOW_ONE, InputError, within
 
 _RECIPE = (
     "Recipe of the compression. A name: int8 (weights, and activations as they are computed), "
@@ -49,7 +49,13 @@ _MEASURED = arg(
 _CALIBRATION = arg(
     metavar="TEXT",
     help=f"Text on which the inputs of the layers, and what is lost, are measured: {TEXT}.",
-    help_behavior_hint="(default: english_train if the recipe or --order needs one)",
+    help_behavior_hint="(default: english_train if the recipe, --order or --cap needs one)",
+)
+_CAP = arg(
+    metavar="FLOAT",
+    help="How many times as long as the median an input may count: some tokens, often the first of "
+    "a text, are a thousand times as long as others, and would alone decide.",
+    help_behavior_hint="(default: as long as it is)",
 )
 _ORDER = arg(
     help="Measure all layers of the model as it is, or each with those in front of it compressed "
@@ -166,10 +172,13 @@ class Compress(Common):
     Attributes:
       windows: Number of windows of the text of --calibration, from its start.
       window: Tokens in a window, at most the context length of the model.
+      held_out: Part of the windows, the last ones, that only judges.
+      latency: Also measure how fast the model reads and writes before and after, with 1 and with 8
+        streams.
       seed: Seed of methods that draw.
     """
 
-    LEAST: ClassVar = {"window": 2, "windows": 1}
+    LEAST: ClassVar = {"window": 2, "windows": 1, "held_out": BELOW_ONE, "cap": ABOVE_ZERO}
 
     model: Annotated[Positional[str], _MODEL]
     recipe: Annotated[str, arg(metavar="RECIPE", help=_RECIPE)]
@@ -188,6 +197,9 @@ class Compress(Common):
     order: Annotated[Literal["once", "sequential"], _ORDER] = "once"
     windows: int = 32
     window: int = 512
+    held_out: float = 0.125
+    cap: Annotated[float | None, _CAP] = None
+    latency: bool = False
     seed: int = 0
     out: Annotated[str, _OUT]
     adapter: Annotated[tuple[str, ...], UseAppendAction, _ADAPTER] = ()

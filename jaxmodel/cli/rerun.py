@@ -21,6 +21,7 @@ CLOCK = (
     "tokens_per_second",
     "rows_per_second",
     "prefill_seconds",
+    "latency",
     "prefill_tps",
     "decode_tps_1",
     "decode_tps_8",

@@ -22,8 +22,9 @@ from jaxmodel import tree
 from jaxmodel.compress.apply import chains_of, check_leaf, compress_leaf, needs_of, report_of
 from jaxmodel.compress.gradients import OF_LOSS, Loss, observe_gradients
 from jaxmodel.compress.heldout import hold_out, losses_of, protocol_of
+from jaxmodel.compress.memory import give_back
 from jaxmodel.compress.method import Chain
-from jaxmodel.compress.observe import Stats, check_cap, probed
+from jaxmodel.compress.observe import Stats, apart, check_cap, probed, real_rows
 from jaxmodel.compress.recipes import Recipe, as_recipe
 from jaxmodel.compress.report import Report
 from jaxmodel.compress.stats import places, stats_of
@@ -150,7 +151,10 @@ def calibrate(
 
 
 class _Batch(NamedTuple):
-    """A batch on its way: what the next part of the model is run on."""
+    """A batch on its way: what the next part of the model is run on.
+
+    `state` is the inputs, or later the activations, the context and the masks of what counts.
+    """
 
     state: Any
     held: bool
@@ -188,7 +192,7 @@ def _whole(work: _Work, params: tree.Params, turns: Turns | None) -> dict[str, A
     out = {}
     for group in _in_turn(work, leaves, turns):
         measure = lambda spec, total, state: (run.whole(spec, total, now, state), None)
-        out |= work.compress(group, *_summed(work, measure, group, work.batches)[:2])
+        out |= work.compress(group, *_summed(work, measure, group, work.batches))
         now.update(out if work.anew else {})
     return {path: out[path] for path in leaves}
 
@@ -205,7 +209,7 @@ def _by_blocks(work: _Work, params: tree.Params, turns: Turns | None) -> dict[st
     behind = {}
     for group in _in_turn(work, outside, turns):
         measure = lambda spec, total, state: (anew.front(spec, total, now, blocks, state), None)
-        stats, held, _ = _summed(work, measure, group, work.batches)
+        stats, held = _summed(work, measure, group, work.batches)
         here = {
             path: leaf
             for path, leaf in group.items()
@@ -226,23 +230,23 @@ def _by_blocks(work: _Work, params: tree.Params, turns: Turns | None) -> dict[st
         leaves = {at + path: leaf for path, leaf in layer.items()}
         i = jnp.int32(number)
         done: dict[str, Any] = {}
-        after: list[Any] = []
-        for group in _groups(work, leaves):
-            measure = functools.partial(_measure_block, anew, at, layer, i)
-            stats, held, after = _summed(work, measure, group, states)
-            done |= work.compress(group, stats, held)
+        groups = list(_groups(work, leaves))
+        for n, group in enumerate(groups, 1):
+            moves = not work.anew and n == len(groups)
+            measure = functools.partial(_measure_block, anew, at, layer, i, moves)
+            done |= work.compress(group, *_summed(work, measure, group, states, moves))
         out |= done
         if work.anew:
             layer = {path[len(at) :]: leaf for path, leaf in done.items()}
-        for j, (state, held) in enumerate(states):  # one by one, so that each is freed
-            y = work.anew.step(layer, i, *state) if work.anew else after[j]
-            states[j] = _Batch((y, state[1]), held)
-            after[j] = None
+            for j, (state, held) in enumerate(states):  # one by one, so that each is freed
+                y = work.anew.step(layer, i, *state[:2])
+                states[j] = _Batch((y, *state[1:]), held)
+        give_back()
 
     for group in _groups(work, behind):
-        measure = lambda spec, total, state: (run.head(spec, total, now, blocks, state), None)
-        rows = [_Batch(row, held) for (x, _), held in states for row in _rows(x)]
-        out |= work.compress(group, *_summed(work, measure, group, rows)[:2])
+        measure = lambda spec, total, state: (run.head(spec, total, now, blocks, *state), None)
+        rows = [_Batch(row, held) for state, held in states for row in _rows(state)]
+        out |= work.compress(group, *_summed(work, measure, group, rows))
     return out
 
 
@@ -282,14 +286,25 @@ def _used(stats: Stats, path: str, name: str) -> bool:
 
 
 def _measure_block(
-    run: _Programs, at: str, layer: Leaves, i: Any, spec: Spec, total: Stats, state: Any
-) -> tuple[Stats, jax.Array]:
-    """Measure a block by names that are the same in all of them, so that it is compiled once."""
+    run: _Programs,
+    at: str,
+    layer: Leaves,
+    i: Any,
+    moves: bool,
+    spec: Spec,
+    total: Stats,
+    state: Any,
+) -> tuple[Stats, Any]:
+    """Measure a block by names that are the same in all of them, so that it is compiled once.
+
+    Returns:
+      The total, and if `moves` what the next block is run on.
+    """
     short = lambda path: path.removeprefix(at)
     own = tuple((short(path), names) for path, names in spec)
     total = {short(path): of for path, of in total.items()}
-    total, y = run.block(own, total, layer, i, *state)
-    return {at + path: of for path, of in total.items()}, y
+    total, y = run.block(own, moves, total, layer, i, *state)
+    return {at + path: of for path, of in total.items()}, (y, *state[1:])
 
 
 def _layer(blocks: tree.Params, number: int) -> tree.Params:
@@ -301,18 +316,21 @@ def _layer(blocks: tree.Params, number: int) -> tree.Params:
     raise AssertionError
 
 
-def _rows(x: jax.Array) -> Iterator[jax.Array]:
-    """Cut activations into rows, since the logits of one may be large; not those on a mesh."""
-    return iter([x]) if auto_axes() else (x[i : i + 1] for i in range(x.shape[0]))
+def _rows(state: Any) -> Iterator[Any]:
+    """Cut activations and masks into rows, since the logits of one may be large; not on a mesh."""
+    x, _, masks = state
+    if auto_axes():
+        return iter([(x, masks)])
+    return (jax.tree.map(lambda a, i=i: a[i : i + 1], (x, masks)) for i in range(x.shape[0]))
 
 
 def _inputs(model: Model, batch: Inputs) -> dict[str, Any]:
     """Return a batch without what only a loss reads, and refuse what `apply` would refuse."""
-    left_out = (COUNTS, "labels", "targets", "weights", "views")
+    left_out = ("labels", "targets", "weights", "views")
     inputs = by_name(batch, tuple(model.inputs(1, 1)))
     inputs = {name: array for name, array in inputs.items() if name not in left_out}
     check_inputs(unpadded(inputs), None, getattr(model.config, "vocab", None))
-    return inputs
+    return dict(apart(inputs))
 
 
 def _gradients(
@@ -366,32 +384,38 @@ def _groups(work: _Work, leaves: Leaves) -> Iterator[dict[str, Any]]:
 
 
 def _summed(
-    work: _Work, measure: Callable[..., tuple[Any, Any]], leaves: Leaves, batches: list[_Batch]
-) -> tuple[Stats, Stats, list[Any]]:
-    """Return the statistics of leaves, those of the held-out batches, and what came out of each.
+    work: _Work,
+    measure: Callable[..., tuple[Stats, Any]],
+    leaves: Leaves,
+    batches: list[_Batch],
+    moves: bool = False,
+) -> tuple[Stats, Stats]:
+    """Return the statistics of leaves, and those of the held-out batches.
 
     Args:
       work: says what is wanted.
-      measure: (spec, total, state of a batch) -> the total and the output.
+      measure: (spec, total, state of a batch) -> the total and the state behind the part.
       leaves: to measure.
       batches: in front of the part that has the leaves.
+      moves: whether each batch is replaced by its state behind the part, so that there are never
+        both of all batches.
     """
     totals: dict[bool, Any] = {}
-    outputs = []
     specs = {held: _spec(work, leaves, held) for held in (False, True)}
     for held, spec in specs.items():
         totals[held] = {path: zeros_for(leaves[path].shape, names) for path, names in spec}
-    for state, held in batches:
-        totals[held], output = measure(specs[held], totals[held], state)
-        outputs.append(output)
+    for j, (state, held) in enumerate(batches):
+        totals[held], behind = measure(specs[held], totals[held], state)
+        if moves:
+            batches[j] = _Batch(behind, held)
     judged = totals[True] if any(held for _, held in batches) else {}
-    return totals[False], judged, outputs
+    return totals[False], judged
 
 
 class _Programs(NamedTuple):
     """Compiled functions of a model's parts; those that measure add to a total.
 
-    `spec` says what is measured, leaves are flat.
+    `spec` says what is measured, leaves are flat, masks are those of `real_rows`.
     """
 
     start: Callable[..., Any]
@@ -406,44 +430,61 @@ class _Programs(NamedTuple):
 def _programs(model: Model, cap: float | None) -> _Programs:
     joined = lambda leaves, blocks: {**tree.unflatten(leaves), tree.BLOCKS: blocks}
 
-    def added(spec: Spec, total: Stats, leaves: Leaves, run: Callable[[Any], Any]) -> Any:
+    def added(
+        spec: Spec, total: Stats, leaves: Leaves, masks: Any, run: Callable[[Any], Any]
+    ) -> Any:
         zeros = {path: zeros_for(leaves[path].shape, names) for path, names in spec}
 
         def loss(zeros: Stats) -> tuple[jax.Array, Any]:
-            out = run(tree.flatten(probed(tree.unflatten(leaves), zeros, cap)))
+            out = run(tree.flatten(probed(tree.unflatten(leaves), zeros, cap, masks)))
             floats = [a for a in jax.tree.leaves(out) if jnp.issubdtype(a.dtype, jnp.floating)]
             return sum((jnp.sum(a.astype(jnp.float32)) for a in floats), jnp.float32(0)), out
 
         found, out = jax.grad(loss, has_aux=True)(zeros)
         return jax.tree.map(jnp.add, total, found), out
 
+    def first(leaves: Leaves, blocks: tree.Params, inputs: dict[str, Any]) -> Any:
+        read = {name: array for name, array in inputs.items() if name != COUNTS}
+        return begin(model, joined(leaves, blocks), read)[:2]
+
     @jax.jit
-    def start(outside: Leaves, blocks: tree.Params, inputs: Inputs) -> Any:
-        return begin(model, joined(outside, blocks), inputs)[:2]
+    def start(outside: Leaves, blocks: tree.Params, inputs: dict[str, Any]) -> Any:
+        return *first(outside, blocks, inputs), real_rows(inputs)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def front(spec: Spec, total: Stats, outside: Leaves, blocks: Any, inputs: Inputs) -> Stats:
-        run = lambda leaves: begin(model, joined(leaves, blocks), inputs)[:2]
-        return added(spec, total, outside, run)[0]
+    def front(
+        spec: Spec, total: Stats, outside: Leaves, blocks: Any, inputs: dict[str, Any]
+    ) -> Stats:
+        run = lambda leaves: first(leaves, blocks, inputs)
+        return added(spec, total, outside, real_rows(inputs), run)[0]
 
     def run_block(layer: Leaves, i: Any, x: Any, context: Any) -> jax.Array:
         assert model.parts.block is not None
         return model.parts.block(tree.unflatten(layer), x, context, None, i, None, False)[0]
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=(0, 1))
     def block(
-        spec: Spec, total: Stats, layer: Leaves, i: Any, x: Any, context: Any
-    ) -> tuple[Stats, jax.Array]:
-        return added(spec, total, layer, lambda leaves: run_block(leaves, i, x, context))
+        spec: Spec,
+        moves: bool,
+        total: Stats,
+        layer: Leaves,
+        i: Any,
+        x: Any,
+        context: Any,
+        masks: Any,
+    ) -> tuple[Stats, Any]:
+        run = lambda leaves: run_block(leaves, i, x, context)
+        total, y = added(spec, total, layer, masks, run)
+        return total, y if moves else None
 
     @functools.partial(jax.jit, static_argnums=0)
-    def head(spec: Spec, total: Stats, outside: Leaves, blocks: Any, x: Any) -> Stats:
+    def head(spec: Spec, total: Stats, outside: Leaves, blocks: Any, x: Any, masks: Any) -> Stats:
         run = lambda leaves: model.parts.head(joined(leaves, blocks), x, None, False)
-        return added(spec, total, outside, run)[0]
+        return added(spec, total, outside, masks, run)[0]
 
     @functools.partial(jax.jit, static_argnums=0)
     def whole(spec: Spec, total: Stats, leaves: Leaves, inputs: Inputs) -> Stats:
         run = lambda leaves: model.apply(tree.unflatten(leaves), inputs).logits
-        return added(spec, total, leaves, run)[0]
+        return added(spec, total, leaves, real_rows(inputs), run)[0]
 
     return _Programs(start, front, block, jax.jit(run_block), head, whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxmodel import tree
 from jaxmodel.compress.gradients import Loss, default
 from jaxmodel.errors import InputError
 from jaxmodel.evaluate.perplexity import bootstrap, token_nll
+from jaxmodel.layers.moe import real_tokens
 from jaxmodel.leaves.sparse import expand
 from jaxmodel.models import Model
 from jaxmodel.models.model import Inputs
@@ -59,12 +61,16 @@ def protocol_of(kept: Sequence[Inputs], held: Sequence[Inputs]) -> dict[str, Any
             digest.update(f"{plain.dtype} {plain.shape}".encode() + plain.tobytes())
     first = _named(kept[0])
     tokens = first.get("tokens")
-    size = lambda batches: sum(
-        int(np.prod(jnp.shape(of["tokens"])))
-        if "tokens" in (of := _named(batch))
-        else len(jax.tree.leaves(batch)[0])
-        for batch in batches
-    )
+
+    def size(batches: Sequence[Inputs]) -> int:
+        total = 0
+        for batch in map(_named, batches):
+            real = real_tokens(batch)
+            shown = next(iter(batch.values())) if "tokens" not in batch else batch["tokens"]
+            count = math.prod(jnp.shape(shown)[: 2 if "tokens" in batch else 1])
+            total += count if real is None else int(jnp.sum(real))
+        return total
+
     return {
         "data": digest.hexdigest(),
         "context": None if tokens is None else int(jnp.shape(tokens)[1]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ import numpy as np
 
 from jaxmodel import ops, tree
 from jaxmodel.errors import InputError
+from jaxmodel.layers.moe import real_tokens
 from jaxmodel.models import Model, check_params
-from jaxmodel.models.model import Inputs
+from jaxmodel.models.model import COUNTS, Inputs
 from jaxmodel.ops.probe import zeros_for
 from jaxmodel.progress import progress
 
@@ -66,7 +68,9 @@ def observe(
       params: parameters with separate (not fused) leaves; compressed leaves are measured as they
         run. Matrices are the leaves of two axes or more (also kernels of convolutions, experts) and
         must run through `ops`.
-      batches: inputs of `model.apply`, of one shape if possible (each shape compiles once).
+      batches: inputs of `model.apply`, of one shape if possible (each shape compiles once). Padding
+        (by `mask`, `source_mask`, `segments` of 0, and rows that only fill up, by `counts`) does
+        not count.
       paths: regular expression of layer paths to measure. A Gram matrix takes `in^2` floats for
         each matrix. If those of all layers do not fit, measure some layers at a time, or use
         `calibrate`.
@@ -118,9 +122,10 @@ def _measured(
     inputs: Inputs,
 ) -> Stats:
     leaves = tree.flatten(params)
+    inputs = apart(inputs)
 
     def loss(zeros: Stats) -> jax.Array:
-        return jnp.sum(model.apply(probed(params, zeros, cap), inputs).logits)
+        return jnp.sum(model.apply(probed(params, zeros, cap, real_rows(inputs)), inputs).logits)
 
     return jax.grad(loss)({path: zeros_for(leaves[path].shape, statistics) for path in wanted})
 
@@ -130,14 +135,63 @@ def _added(total: Stats, found: Stats) -> Stats:
     return jax.tree.map(jnp.add, total, found)
 
 
-def probed(params: tree.Params, zeros: Stats, cap: float | None = None) -> tree.Params:
-    """Return the tree with probes on the leaves that there are zeros for."""
+def probed(
+    params: tree.Params,
+    zeros: Stats,
+    cap: float | None = None,
+    rows: tuple[jax.Array, ...] = (),
+) -> tree.Params:
+    """Return the tree with probes on the leaves that there are zeros for.
+
+    Args:
+      params: the tree.
+      zeros: by path.
+      cap: see `observe`.
+      rows: see `real_rows`.
+    """
+
+    def probe(path: str, leaf: Any) -> ops.Probe:
+        masks = tuple(jnp.broadcast_to(a, (*leaf.shape[:-2], *a.shape)) for a in rows)
+        return ops.Probe(leaf, zeros[path], masks or None, cap=cap)
+
     return tree.unflatten(
         {
-            path: ops.Probe(leaf, zeros[path], cap=cap) if path in zeros else leaf
+            path: probe(path, leaf) if path in zeros else leaf
             for path, leaf in tree.flatten(params).items()
         }
     )
+
+
+def real_rows(inputs: Inputs) -> tuple[jax.Array, ...]:
+    """Return masks of what is not padding: of tokens, of the source, and of whole rows.
+
+    A probe takes those whose shape is that of what flows into its weight, so the first two must
+    differ in shape (see `apart`).
+    """
+    if not isinstance(inputs, Mapping):
+        return ()
+    tokens = real_tokens(inputs)
+    source = inputs.get("source_mask")
+    found = [mask.astype(jnp.bool_) for mask in (tokens, source) if mask is not None]
+    rows = [jnp.any(mask, axis=1) for mask in found]
+    if COUNTS in inputs:
+        rows.append(inputs[COUNTS].astype(jnp.bool_))
+    return (*found, functools.reduce(jnp.logical_and, rows)) if rows else ()
+
+
+def apart(inputs: Inputs) -> Inputs:
+    """Return inputs whose source has another length than the tokens, where some are padding.
+
+    It gets one more token, of padding.
+    """
+    if not isinstance(inputs, Mapping) or not {"source", "tokens"} <= set(inputs):
+        return inputs
+    source = inputs["source"]
+    if source.shape != inputs["tokens"].shape or not {"mask", "source_mask"} & set(inputs):
+        return inputs
+    mask = inputs.get("source_mask", jnp.ones(source.shape, jnp.bool_))
+    longer = lambda a: jnp.pad(a, ((0, 0), (0, 1)))
+    return {**inputs, "source": longer(source), "source_mask": longer(mask)}
 
 
 def check_cap(cap: float | None) -> None:

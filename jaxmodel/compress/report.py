@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jaxmodel.compress.method import Chain
 from jaxmodel.leaves import decode
 from jaxmodel.ops.probe import top_share
 from jaxmodel.report import html, plot, shown
-from jaxmodel.report.table import percent, size
+from jaxmodel.report.table import percent, rate, size
 from jaxmodel.text_form import write
 
 TOP = 0.001
@@ -45,6 +46,8 @@ class Report:
         `mean` and `interval` (95 %, None for a single batch), and `predictions`.
       protocol: what was measured: data (a fingerprint), context, tokens, held_out_tokens, order,
         cap; {} without batches.
+      file_bytes: None, or the bytes of the files of the weights (see `on_disk`).
+      latency: None, or what `compress.latency` measured.
     """
 
     bytes_before: int
@@ -53,6 +56,19 @@ class Report:
     leaves: tuple[Mapping[str, Any], ...] = dataclasses.field(repr=False)
     loss: Mapping[str, Any] | None = None
     protocol: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    file_bytes: int | None = None
+    latency: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
+
+    def on_disk(self, folder: str | Path) -> Report:
+        """Return the report with the bytes of the weights in a folder of the compressed bundle.
+
+        They are `bytes_after` and a header with the names and shapes of the tensors.
+
+        Args:
+          folder: what `save_pretrained` of the compressed bundle returned.
+        """
+        files = Path(folder).expanduser().glob("*.safetensors")
+        return dataclasses.replace(self, file_bytes=sum(file.stat().st_size for file in files))
 
     def plot(self, fmt: str = "svg") -> plot.Picture:
         """Plot the error of the outputs of each layer, or that of the weights if none was measured.
@@ -63,13 +79,17 @@ class Report:
         Raises:
           InputError: nothing was compressed.
         """
-        return draw(self.leaves, fmt)
+        return draw(self, fmt)
 
     def _repr_html_(self) -> str:
         facts: dict[str, Any] = {
             "bytes": f"{size(self.bytes_before)} → {size(self.bytes_after)}",
             "bits per weight": self.bits_per_weight,
         }
+        if self.file_bytes is not None:
+            facts["bytes on disk"] = size(self.file_bytes)
+        if self.latency is not None:
+            facts["tokens/s"] = speeds(self.latency)
         if self.loss is not None:
             facts["loss"] = said(self.loss)
         return shown.card("Report", facts, [html.table(self.leaves, columns(self.leaves))])
@@ -111,9 +131,32 @@ def said(loss: Mapping[str, Any]) -> str:
     return f"{loss['before']['mean']:.4f} → {loss['after']['mean']:.4f}, change {change}"
 
 
-def draw(rows: Sequence[Mapping[str, Any]], fmt: str = "svg") -> plot.Picture:
-    """Plot the errors of the rows of a report; see `Report.plot`."""
-    done = [row for row in rows if row["method"]]
+def sizes(of: Report) -> str:
+    """Return the bytes before and after in a few words."""
+    disk = "" if of.file_bytes is None else f", {size(of.file_bytes)} on disk"
+    return (
+        f"{size(of.bytes_before)} → {size(of.bytes_after)}, {of.bits_per_weight:.3f} bits a weight"
+        + disk
+    )
+
+
+def speeds(latency: Mapping[str, Any]) -> str:
+    """Return the tokens per second before and after in a few words."""
+
+    def name(key: str) -> str:
+        streams = key.removeprefix("decode_tps_")
+        return "prefill" if streams == key else f"{streams} stream{'s' * (streams != '1')}"
+
+    was, now, ratio = (latency[key] for key in ("before", "after", "ratio"))
+    return ", ".join(
+        f"{name(key)} {rate(was[key])} → {rate(now[key])} ({ratio[key]:.2f}x)" for key in was
+    )
+
+
+def draw(of: Report, fmt: str = "svg") -> plot.Picture:
+    """Plot the errors of the rows of a report, above what became of the whole."""
+    done = [row for row in of.leaves if row["method"]]
+    whole = f"\n{sizes(of)}" + ("" if of.latency is None else f"\ntokens/s: {speeds(of.latency)}")
     key = "output_error" if any("output_error" in row for row in done) else "relative_error"
     label = "error of the output" if key == "output_error" else "error of the weights"
     lines: dict[str, dict[int, float]] = {}
@@ -126,9 +169,9 @@ def draw(rows: Sequence[Mapping[str, Any]], fmt: str = "svg") -> plot.Picture:
                 lines.setdefault(name, {})[int(keys[at])] = 100 * row[key]
     if lines:
         series = {name: (list(of), list(of.values())) for name, of in lines.items()}
-        return plot.curves(series, "layer", f"{label}, %", "What compression changes", fmt)
+        return plot.curves(series, f"layer{whole}", f"{label}, %", "What compression changes", fmt)
     groups = {row["path"]: {label: 100 * row[key]} for row in done if row.get(key) is not None}
-    return plot.bars(groups, f"{label}, %", "What compression changes", fmt)
+    return plot.bars(groups, f"{label}, %{whole}", "What compression changes", fmt)
 
 
 def row_of(
@@ -189,8 +232,20 @@ def _changes(before: Any, after: Any) -> tuple[jax.Array, jax.Array]:
     return error, jnp.mean((now == 0).astype(jnp.float32))
 
 
+ROWS = 1024
+"""Rows of a matrix whose outputs are compared at once."""
+
+
 @jax.jit
 def _output_error(before: Any, after: Any, gram: jax.Array) -> jax.Array:
-    was = decode(before, jnp.float32)
-    size = lambda weight: jnp.maximum(jnp.sum((weight @ gram) * weight), 0.0)
-    return jnp.sqrt(size(was - decode(after, jnp.float32)) / jnp.maximum(size(was), 1e-30))
+    def sums(was: jax.Array, now: jax.Array, gram: jax.Array) -> jax.Array:
+        """Return the squares of the output, of its change and of itself, of one matrix."""
+        size = lambda row: jnp.maximum(jnp.sum((row[None] @ gram)[0] * row), 0.0)
+        each = lambda pair: jnp.stack([size(pair[0] - pair[1]), size(pair[0])])
+        return jnp.sum(jax.lax.map(each, (was, now), batch_size=ROWS), axis=0)
+
+    for _ in range(gram.ndim - 2):
+        sums = jax.vmap(sums)
+    found = sums(decode(before, jnp.float32), decode(after, jnp.float32), gram)
+    change, whole = jnp.sum(found.reshape(-1, 2), axis=0)
+    return jnp.sqrt(change / jnp.maximum(whole, 1e-30))

@@ -42,6 +42,7 @@ from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, check_sizes, unpadded
 from jaxmodel.models.parts import Parts, encoder_layer
 from jaxmodel.ops.norms import on_last
+from jaxmodel.ops.probe import every_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +224,7 @@ def towers(config: Config, policy: ops.Policy = ops.Policy()) -> Towers:
     block_module = _text_block(config.text, policy)
 
     def image(params: tree.Params, pixels: Float[Array, "N Y X C"]) -> Float[Array, "N E"]:
-        pooled = image_model.apply(params["image"], pixels).logits
+        pooled = image_model.apply(every_row(params["image"]), pixels).logits
         return _unit(
             pooled
             if config.sigmoid

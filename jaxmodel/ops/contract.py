@@ -116,6 +116,7 @@ def embed(
             rows,
             ids,
             {name: zero for name, zero in table.zeros.items() if name in (*OF_TAKE, GRADIENT)},
+            rows=table.rows,
         )
     if not isinstance(table, Compressed):
         table = constrain(table, letters, policy.axes)
@@ -220,7 +221,7 @@ def _matmul(x: Float[Array, "... in"], w: Any, policy: Policy) -> Float[Array, "
     if isinstance(w, Probe):
         y = _matmul(x, w.weight, policy)
         zeros = {name: zero for name, zero in w.zeros.items() if name not in OF_TAKE}
-        return tap(y, x, zeros, w.cap)
+        return tap(y, x, zeros, w.cap, w.rows)
     if isinstance(w, Sparse | QTensor | RowPacked):
         return _of_codes(x, w, policy)
     if isinstance(w, Turned):

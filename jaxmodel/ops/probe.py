@@ -11,6 +11,7 @@ Every statistic is a sum over tokens, so statistics of batches and shards can be
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 from typing import Any
@@ -50,12 +51,17 @@ class Probe:
       gradient: [out, in], the gradient of the array that the weight stands for, in the dtype of
         the zeros. This is how a compressed weight trains (see `jaxmodel.optim.quantized`).
 
+    `rows` says which rows of the input count, so that padding does not: masks with the weight's
+    leading axes in front, of which the one whose shape is that of the rows applies, as do masks of
+    the first axis alone. None if all count.
+
     `cap` bounds how much one row counts in `square` and `gram`: a row that is longer than `cap`
     times the median of the rows of a call is shortened to that.
     """
 
     weight: Any
     zeros: Any
+    rows: Any = None
     cap: float | None = static(default=None)
 
     @property
@@ -102,33 +108,73 @@ def zeros_for(shape: tuple[int, ...], statistics: Iterable[str]) -> dict[str, Ar
     return {name: jnp.zeros((*lead, *shapes[name]), jnp.float32) for name in wanted}
 
 
-def tap(y: Array, x: Array, zeros: dict[str, Array], cap: float | None = None) -> Array:
-    """Return `y`, whose gradient carries the statistics of `x` to `zeros`."""
-    return _tap(y, jax.lax.stop_gradient(x), zeros, cap)
+def tap(
+    y: Array,
+    x: Array,
+    zeros: dict[str, Array],
+    cap: float | None = None,
+    rows: tuple[Array, ...] | None = None,
+) -> Array:
+    """Return `y`, whose gradient carries the statistics of `x` to `zeros`.
+
+    Args:
+      y: the output.
+      x: the input `[..., in]`, or ids.
+      zeros: see `Probe`, as for `cap`.
+      cap: how long a row may be.
+      rows: the masks that say which rows of x count.
+    """
+    ids = jnp.issubdtype(x.dtype, jnp.integer)
+    return _tap(
+        y, jax.lax.stop_gradient(x), zeros, _real(x.shape if ids else x.shape[:-1], rows), cap
+    )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _tap(y: Array, x: Array, zeros: dict[str, Array], cap: float | None) -> Array:
+def _real(shape: tuple[int, ...], masks: tuple[Array, ...] | None) -> Array | None:
+    """Return which rows count, in the shape of the rows; None if no mask applies."""
+    found = None
+    for mask in masks or ():
+        if mask.shape == shape or mask.shape == shape[:1]:
+            mask = jnp.broadcast_to(
+                mask.reshape(*mask.shape, *[1] * (len(shape) - mask.ndim)), shape
+            )
+            found = mask if found is None else found & mask
+    return found
+
+
+def every_row(params: Any) -> Any:
+    """Return a tree whose probes count all rows: those of a part that reads another input."""
+    return jax.tree.map(
+        lambda leaf: dataclasses.replace(leaf, rows=None) if isinstance(leaf, Probe) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, Probe),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _tap(
+    y: Array, x: Array, zeros: dict[str, Array], real: Array | None, cap: float | None
+) -> Array:
     return y
 
 
 def _forward(
-    y: Array, x: Array, zeros: dict[str, Array], cap: float | None
-) -> tuple[Array, tuple[Array, dict[str, Array]]]:
-    return y, (x, zeros)
+    y: Array, x: Array, zeros: dict[str, Array], real: Array | None, cap: float | None
+) -> tuple[Array, tuple[Array, dict[str, Array], Array | None]]:
+    return y, (x, zeros, real)
 
 
 def _backward(
-    cap: float | None, saved: tuple[Array, dict[str, Array]], g: Array
-) -> tuple[Array, Any, dict[str, Array]]:
-    x, zeros = saved
+    cap: float | None, saved: tuple[Array, dict[str, Array], Array | None], g: Array
+) -> tuple[Array, Any, dict[str, Array], Any]:
+    x, zeros, real = saved
     sums = {
         name: _gradient(x, g, zero)
         if name == GRADIENT
-        else _statistic(name, x, zero, cap).reshape(zero.shape)
+        else _statistic(name, x, zero, real, cap).reshape(zero.shape)
         for name, zero in zeros.items()
     }
-    return g, None, {name: _gather(total, x, zeros[name]) for name, total in sums.items()}
+    return g, None, {name: _gather(total, x, zeros[name]) for name, total in sums.items()}, None
 
 
 _tap.defvjp(_forward, _backward)
@@ -159,43 +205,53 @@ def _gradient(x: Array, g: Array, zero: Array) -> Float[Array, "out in"]:
     return product.astype(zero.dtype)
 
 
-def _statistic(name: str, x: Array, zero: Array, cap: float | None) -> Float[Array, "..."]:
-    if name == "tokens":
-        return (
-            jnp.zeros(zero.shape, jnp.float32)
-            .at[jnp.clip(x.reshape(-1), 0, zero.shape[0] - 1)]
-            .add(1.0)
-        )
-    if name == "taken":
-        return _size(x)
+def _statistic(
+    name: str, x: Array, zero: Array, real: Array | None, cap: float | None
+) -> Float[Array, "..."]:
+    if name in OF_TAKE:
+        counts = _counts(x, real)
+        if name == "taken":
+            return jnp.sum(counts)
+        place = jnp.clip(x.reshape(-1), 0, zero.shape[0] - 1)
+        return jnp.zeros(zero.shape, jnp.float32).at[place].add(counts.reshape(-1))
     if name == "count":
-        return _size(x[..., 0])
+        return jnp.sum(_counts(x[..., 0], real))
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    counts = _counts(x[..., 0], real).reshape(-1, 1)
     if name == "histogram":
-        return histogram(rows)
+        return histogram(rows, counts)
     if name == "norms":
-        return jnp.sum(norms(rows), axis=0)
+        return jnp.sum(norms(rows) * counts[..., None], axis=0)
+    rows = rows if real is None else jnp.where(counts > 0, rows, 0.0)
     rows = capped(rows, cap)
     if name == "square":
         return jnp.sum(rows * rows, axis=0)
     return jnp.einsum("ni,nj->ij", rows, rows, precision="highest")
 
 
-def _size(x: Array) -> Float[Array, ""]:
-    """Return the number of elements of x.
+def _counts(x: Array, real: Array | None) -> Float[Array, "..."]:
+    """Return 1 for each element of x, and 0 where it is not real.
 
-    It is written as a sum over x because `vmap` adds up what depends on a mapped x, and would count
-    a constant once.
+    They depend on x because `vmap` adds up what depends on a mapped x, and would count a constant
+    once.
     """
-    return jnp.sum(jnp.where(x == x, 1.0, 1.0), dtype=jnp.float32)
+    ones = jnp.where(x == x, 1.0, 1.0).astype(jnp.float32)
+    return ones if real is None else jnp.where(real, ones, 0.0)
 
 
-def histogram(x: Float[Array, "..."]) -> Float[Array, " bins"]:
+def histogram(
+    x: Float[Array, "..."], counts: Float[Array, "..."] | float = 1.0
+) -> Float[Array, " bins"]:
     """Count |x| on the fixed logarithmic grid.
 
     Values outside of it fall into the first or last bin.
+
+    Args:
+      x: the values.
+      counts: how often each counts.
     """
-    return jnp.zeros(HISTOGRAM_BINS, jnp.float32).at[_bin(x.reshape(-1))].add(1.0)
+    each = jnp.broadcast_to(jnp.asarray(counts, jnp.float32), x.shape).reshape(-1)
+    return jnp.zeros(HISTOGRAM_BINS, jnp.float32).at[_bin(x.reshape(-1))].add(each)
 
 
 def _bin(x: Float[Array, "..."]) -> Array:

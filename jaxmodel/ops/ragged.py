@@ -262,7 +262,9 @@ def _statistic(
     name: str, x: Array, g: Array, sizes: Array, zero: Array, cap: float | None
 ) -> Array:
     wide = x.astype(jnp.float32)
-    wide = capped(wide, cap) if name in ("gram", "square") else wide
+    if cap is not None and name in ("gram", "square"):
+        row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]  # later rows are padding
+        wide = capped(jnp.where(row < jnp.sum(sizes, dtype=jnp.int32), wide, 0.0), cap)
     groups = sizes.shape[0]
     if name == "count":
         return sizes.astype(jnp.float32)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,11 +19,13 @@ GPTQ = "gptq(3, group=16)"
 def test_compress_measures_a_text_and_says_what_it_lost(capsys, folder):
     out = folder / "gptq"
     words = ("--recipe", GPTQ, "--calibration", folder / "text.txt", "--order", "sequential")
-    sizes = ("--windows", 9, "--window", 32, "--out", out)
+    sizes = ("--windows", 9, "--window", 32, "--held-out", 0.12, "--cap", 3.0, "--out", out)
     got = as_json(capsys, folder, "compress", folder / "tiny", *words, *sizes)
     told = got["protocol"]
     assert (told["tokens"], told["held_out_tokens"], told["context"]) == (8 * 32, 32, 32)
-    assert told["order"] == "sequential" and told["text"]["name"] == str(folder / "text.txt")
+    assert (told["order"], told["cap"]) == ("sequential", 3.0) and told["text"]["name"] == str(
+        folder / "text.txt"
+    )
     rows = {row["path"]: row for row in got["leaves"]}
     assert rows["blocks/1/mlp/down"]["tokens"] == 256
     assert 0 < rows["blocks/1/mlp/down"]["output_error"] < 0.5
@@ -34,6 +38,7 @@ def test_compress_measures_a_text_and_says_what_it_lost(capsys, folder):
         compress.get_recipe(GPTQ),
         batches=[{"tokens": jnp.asarray(one)[None]} for one in windows],
         order="sequential",
+        cap=3.0,
     )
     saved = hub.from_pretrained(out)
     assert tree.fingerprint(saved.params) == tree.fingerprint(again.params)
@@ -95,6 +100,11 @@ def test_what_is_wrong_is_one_line(capsys, folder):
             "--window: 999 given; allowed: at most the model's context of 128",
         ),
         (("compress", tiny, "--recipe", GPTQ, "--order", "onec", *out), "--order"),
+        (
+            ("compress", tiny, "--recipe", "int8", "--cap", 0.0, *out),
+            "--cap: 0.0 given; allowed: a finite number above 0",
+        ),
+        (("compress", tiny, "--recipe", "int8", "--held-out", 1.5, *out), "--held-out: 1.5 given"),
         (("sensitivity", tiny, "--method", "rtn(4)"), "--method: 'rtn(4)' given; allowed: a chain"),
         (("compare", tiny), "Missing from jaxmodel compare: --versions VERSION"),
         (("compare", tiny, "rtm(4)", "--window", 32), "rtm"),
@@ -104,10 +114,25 @@ def test_what_is_wrong_is_one_line(capsys, folder):
     assert not (folder / "never").exists()
 
 
-def test_a_table_for_people(capsys, folder):
-    """Of the run above, so that nothing is compiled again."""
+def test_a_table_for_people(capsys, folder, monkeypatch):
+    """Of the run above, so that nothing is compiled again but what measures the speed."""
+    quick = functools.partial(compress.latency, streams=(1,), new=1, turns=1)
+    monkeypatch.setattr(compress, "latency", quick)
     words = ("--recipe", GPTQ, "--calibration", folder / "text.txt", "--order", "sequential")
-    sizes = ("--windows", 9, "--window", 32)
+    sizes = ("--windows", 9, "--window", 32, "--held-out", 0.12, "--cap", 3.0)
     where = ("--out", folder / "again", "--runs", folder / "runs")
-    said = call(capsys, "compress", folder / "tiny", *words, *sizes, *where).out
+    said = call(capsys, "compress", folder / "tiny", *words, *sizes, "--latency", *where).out
     assert "error of" in said and "judged on 32 others" in said and "change" in said
+    assert re.search(
+        r"on disk\ntokens/s: prefill .*x\), 1 stream .* → .*x\)\n\(prompt of 128,", said
+    )
+    kept = max((folder / "runs").glob("*-compress"))
+    report = json.loads((kept / "report.json").read_text())
+    was, now, ratio = (report["latency"][key] for key in ("before", "after", "ratio"))
+    assert set(was) == set(now) == {"prefill_tps", "decode_tps_1"}
+    assert all(ratio[key] == pytest.approx(now[key] / was[key]) for key in was)
+    (file,) = (folder / "again").glob("*.safetensors")
+    assert report["file_bytes"] == file.stat().st_size
+    # the tensors of the file are the bytes in memory; the rest is its header
+    header = int.from_bytes(file.read_bytes()[:8], "little")
+    assert report["file_bytes"] - header - 8 == report["bytes_after"]

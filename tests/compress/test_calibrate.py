@@ -227,6 +227,22 @@ def test_gradients_are_collected_for_methods_that_want_them():
         np.testing.assert_allclose(plain(small)[f"blocks/{i}/mlp/up"], want[i], rtol=1e-3)
 
 
+def test_padding_is_left_out_block_by_block():
+    model = MODELS["bert"]
+    params, _ = given("bert")
+    tokens = inputs(model, 5)["tokens"][:, :6]
+    mask = jnp.ones(tokens.shape, jnp.bool_)
+    short = {"tokens": tokens, "mask": mask}
+    long = {name: jnp.pad(a, ((0, 0), (0, 2))) for name, a in short.items()}
+    (want, _), (got, report) = (
+        compress.calibrate(model, params, RECIPE, [one], order="sequential", held_out=0.0)
+        for one in (short, long)
+    )
+    same(got, want)
+    assert {row["tokens"] for row in report.leaves if "tokens" in row} == {0, 12}  # 0: looked up
+    assert report.protocol["tokens"] == 12
+
+
 def test_statistics_that_cannot_be_used_are_those_of_equal_inputs():
     """As for an expert that no token reached, or a Gram matrix with a NaN."""
     rng = np.random.default_rng(0)
@@ -304,6 +320,7 @@ def test_what_is_wrong_is_said():
     params, batches = given("llama")
     model = MODELS["llama"]
     bundle = hub.Bundle(model, params)
+    reader = hub.Bundle(MODELS["bert"], given("bert")[0])
     shapes = jax.eval_shape(LENET.init, jax.random.key(0))
     for call, message in (
         (lambda: compress.compress_bundle(bundle, GPTQ), "'gram' of the input of"),
@@ -322,6 +339,11 @@ def test_what_is_wrong_is_said():
             lambda: compress.compress_bundle(bundle, GPTQ, order="sequential"),
             "given without batches",
         ),
+        (
+            lambda: compress.latency(reader, reader),
+            "latency: bert does not continue texts; allowed: a decoder",
+        ),
+        (lambda: compress.latency(bundle, bundle, turns=0), "turns: 0 given"),
     ):
         with pytest.raises(InputError, match=message):
             call()

@@ -16,7 +16,7 @@ from jaxmodel import compress, ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.compress import Rtn
 from jaxmodel.errors import InputError
-from jaxmodel.models import Model, Parts
+from jaxmodel.models import Model, Parts, bert, llama, mlp, t5
 from jaxmodel.models.model import token_inputs
 from jaxmodel.ops.norms import on_last
 
@@ -356,3 +356,84 @@ def test_the_report_of_vectors_and_scalars():
     ]
     assert shapes == [([], 1, 32.0, 0.0), ([3], 2, 32.0, 0.0)]
     assert compress.apply([(".*", ())], {"none": jnp.ones((0, 3))})[1].bits_per_weight == 0
+
+
+# ------------------------------------------------------------------------------------------ padding
+
+LENGTH = 5
+WIDTH = 8
+
+
+def ids(seed, rows, width):
+    found = np.random.default_rng(seed).integers(1, 200, (rows, WIDTH))
+    return jnp.asarray(found[:, :width], jnp.int32)
+
+
+def long(inputs):
+    """Inputs with zeros behind each row, whose ids are such that they would show."""
+    return {
+        name: jnp.pad(
+            a,
+            ((0, 0), (0, WIDTH - a.shape[1])),
+            constant_values=3 * ("mask" not in name and name != "segments"),
+        )
+        for name, a in inputs.items()
+    }
+
+
+def real(width):
+    return jnp.ones((2, width), jnp.bool_)
+
+
+def padded_cases():
+    tokens = ids(0, 2, LENGTH)
+    return {
+        "packed rows of experts": (
+            llama.model(dataclasses.replace(llama.SIZES["tiny-moe"], depth=1)),
+            {"tokens": tokens, "segments": jnp.array([[1, 1, 1, 2, 2], [1, 1, 2, 2, 2]])},
+        ),
+        "source and target": (
+            t5.model(dataclasses.replace(t5.SIZES["tiny"], depth=1, encoder_depth=1)),
+            {
+                "source": ids(1, 2, LENGTH + 2),
+                "source_mask": real(LENGTH + 2),
+                "tokens": tokens,
+                "mask": real(LENGTH),
+            },
+        ),
+        "pooled": (
+            bert.model(dataclasses.replace(bert.SIZES["tiny-embed"], depth=1)),
+            {"tokens": tokens, "mask": real(LENGTH)},
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", padded_cases())
+def test_padding_does_not_count(name):
+    model, inputs = padded_cases()[name]
+    params = jax.jit(model.init)(jax.random.key(0))
+    paths = ".*/(q|down|up|router)|embed"
+    names = ["gram", "histogram", "norms", "tokens"]
+    want, got = (
+        compress.observe(model, params, [one], paths, names, cap=1.5)
+        for one in (inputs, long(inputs))
+    )
+    for path, of in want.items():
+        for kind, value in of.items():
+            np.testing.assert_allclose(
+                got[path][kind], value, rtol=1e-3, atol=1e-3, err_msg=f"{path} {kind}"
+            )
+
+
+def test_rows_that_only_fill_up_do_not_count():
+    model = mlp.model(mlp.Config(6, (8,), 3))
+    params = model.init(jax.random.key(0))
+    features = normal(4, 6, seed=0)
+    counts = jnp.array([True, True, False, True])
+    got = compress.observe(
+        model, params, [{"features": features, "counts": counts}], statistics=["gram"]
+    )
+    few = np.asarray(features)[np.asarray(counts)].astype(np.float64)
+    first = next(iter(got.values()))
+    assert float(first["count"]) == 3
+    np.testing.assert_allclose(first["gram"], few.T @ few, rtol=1e-4)
