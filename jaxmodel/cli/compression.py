@@ -18,9 +18,11 @@ from jaxmodel.compress.recipes import ByRole
 from jaxmodel.compress.report import columns, said, sizes, speeds
 from jaxmodel.compress.sensitivity import COLUMNS, draw
 from jaxmodel.data.text import Text
-from jaxmodel.errors import InputError
+from jaxmodel.errors import InputError, unknown
 from jaxmodel.evaluate.compare import COLUMNS as VERSIONS
 from jaxmodel.hub.bundle import check_target
+from jaxmodel.hub.pretrained import KNOWN
+from jaxmodel.hub.published import where
 from jaxmodel.progress import step
 from jaxmodel.report import plot
 from jaxmodel.report.table import text
@@ -258,10 +260,11 @@ def show_sensitivity(result: dict[str, Any], console: Any) -> None:
 
 def run_compare(options: Compare, folder: Any) -> dict[str, Any]:
     """Score a model beside others: bundles, and what recipes make of it."""
-    scored, bundle, windows = _scored(options)
-    made = {name: _version(bundle, name, options) for name in options.versions}
-    if options.model in made:
+    if options.model in options.versions:
         raise InputError(f"--versions: {options.model!r} is the model itself; allowed: others")
+    recipes = {name: _recipe_or_model(name) for name in options.versions}
+    scored, bundle, windows = _scored(options)
+    made = {name: _version(bundle, name, recipe, options) for name, recipe in recipes.items()}
     folder.resolve(model=resolved.of_model(bundle.model), data=resolved.of_text(scored))
     rows = evaluate.compare(
         {options.model: lambda: dataclasses.replace(bundle), **made},
@@ -293,16 +296,25 @@ def show_compare(result: dict[str, Any], console: Any) -> None:
     report.print_table(rows, there, title, console)
 
 
-def _version(bundle: hub.Bundle, name: str, options: Compare) -> Callable[[], hub.Bundle]:
-    """Return a function that makes what a name stands for: a recipe's result, or a bundle.
+def _recipe_or_model(name: str) -> compress.Recipe | None:
+    """Return the recipe that a name stands for; None for a model, which is loaded in its turn.
 
     Raises:
-      InputError: a recipe that is not one.
+      InputError: a recipe that is not one, or a name of neither.
     """
-    is_recipe = name in compress.RECIPES or "(" in name or name.lower().endswith(SUFFIXES)
-    if not is_recipe:
+    if name in compress.RECIPES or "(" in name or name.lower().endswith(SUFFIXES):
+        return _recipe(name)
+    if name in KNOWN or "/" in name or Path(name).exists() or where(name) is not None:
+        return None
+    raise unknown("--versions", name, (*compress.RECIPES, *KNOWN))
+
+
+def _version(
+    bundle: hub.Bundle, name: str, recipe: compress.Recipe | None, options: Compare
+) -> Callable[[], hub.Bundle]:
+    """Return a function that makes a recipe's result, or loads a model."""
+    if recipe is None:
         return lambda: hub.from_pretrained(name)
-    recipe = _recipe(name)
 
     def made() -> hub.Bundle:
         batches = None

@@ -108,6 +108,9 @@ def test_what_is_wrong_is_one_line(capsys, folder):
         (("sensitivity", tiny, "--method", "rtn(4)"), "--method: 'rtn(4)' given; allowed: a chain"),
         (("compare", tiny), "Missing from jaxmodel compare: --versions VERSION"),
         (("compare", tiny, "rtm(4)", "--window", 32), "rtm"),
+        (("compare", tiny, "int44"), "--versions: 'int44' is not known; allowed: "),
+        (("compare", tiny, "int44"), "nearest: int4"),
+        (("compare", tiny, tiny), "is the model itself; allowed: others"),
     ):
         code, _, err = run(capsys, *words, "--runs", folder / "runs")
         assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
