@@ -443,9 +443,10 @@ def _programs(model: Model, cap: float | None) -> _Programs:
         found, out = jax.grad(loss, has_aux=True)(zeros)
         return jax.tree.map(jnp.add, total, found), out
 
+    read = lambda inputs: {name: array for name, array in inputs.items() if name != COUNTS}
+
     def first(leaves: Leaves, blocks: tree.Params, inputs: dict[str, Any]) -> Any:
-        read = {name: array for name, array in inputs.items() if name != COUNTS}
-        return begin(model, joined(leaves, blocks), read)[:2]
+        return begin(model, joined(leaves, blocks), read(inputs))[:2]
 
     @jax.jit
     def start(outside: Leaves, blocks: tree.Params, inputs: dict[str, Any]) -> Any:
@@ -483,8 +484,8 @@ def _programs(model: Model, cap: float | None) -> _Programs:
         return added(spec, total, outside, masks, run)[0]
 
     @functools.partial(jax.jit, static_argnums=0)
-    def whole(spec: Spec, total: Stats, leaves: Leaves, inputs: Inputs) -> Stats:
-        run = lambda leaves: model.apply(tree.unflatten(leaves), inputs).logits
+    def whole(spec: Spec, total: Stats, leaves: Leaves, inputs: dict[str, Any]) -> Stats:
+        run = lambda leaves: model.apply(tree.unflatten(leaves), read(inputs)).logits
         return added(spec, total, leaves, real_rows(inputs), run)[0]
 
     return _Programs(start, front, block, jax.jit(run_block), head, whole)
