@@ -330,7 +330,7 @@ def _inputs(model: Model, batch: Inputs) -> dict[str, Any]:
     inputs = by_name(batch, tuple(model.inputs(1, 1)))
     inputs = {name: array for name, array in inputs.items() if name not in left_out}
     check_inputs(unpadded(inputs), None, getattr(model.config, "vocab", None))
-    return dict(apart(inputs))
+    return apart(inputs)
 
 
 def _gradients(

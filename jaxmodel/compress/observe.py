@@ -122,7 +122,7 @@ def _measured(
     inputs: Inputs,
 ) -> Stats:
     leaves = tree.flatten(params)
-    inputs = apart(inputs)
+    inputs = apart(inputs) if isinstance(inputs, Mapping) else inputs
 
     def loss(zeros: Stats) -> jax.Array:
         return jnp.sum(model.apply(probed(params, zeros, cap, real_rows(inputs)), inputs).logits)
@@ -179,16 +179,15 @@ def real_rows(inputs: Inputs) -> tuple[jax.Array, ...]:
     return (*found, functools.reduce(jnp.logical_and, rows)) if rows else ()
 
 
-def apart(inputs: Inputs) -> Inputs:
+def apart(inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Return inputs whose source has another length than the tokens, where some are padding.
 
     It gets one more token, of padding.
     """
-    if not isinstance(inputs, Mapping) or not {"source", "tokens"} <= set(inputs):
-        return inputs
-    source = inputs["source"]
-    if source.shape != inputs["tokens"].shape or not {"mask", "source_mask"} & set(inputs):
-        return inputs
+    source, tokens = inputs.get("source"), inputs.get("tokens")
+    padded = {"mask", "source_mask"} & set(inputs)
+    if source is None or tokens is None or source.shape != tokens.shape or not padded:
+        return dict(inputs)
     mask = inputs.get("source_mask", jnp.ones(source.shape, jnp.bool_))
     longer = lambda a: jnp.pad(a, ((0, 0), (0, 1)))
     return {**inputs, "source": longer(source), "source_mask": longer(mask)}
