@@ -238,9 +238,7 @@ def _by_blocks(work: _Work, params: tree.Params, turns: Turns | None) -> dict[st
         out |= done
         if work.anew:
             layer = {path[len(at) :]: leaf for path, leaf in done.items()}
-            for j, (state, held) in enumerate(states):  # one by one, so that each is freed
-                y = work.anew.step(layer, i, *state[:2])
-                states[j] = _Batch((y, *state[1:]), held)
+            _step(work.anew, layer, i, states)
         give_back()
 
     for group in _groups(work, behind):
@@ -283,6 +281,12 @@ def _in_turn(work: _Work, leaves: Leaves, turns: Turns | None) -> Iterator[dict[
 def _used(stats: Stats, path: str, name: str) -> bool:
     """Return whether a leaf was measured, and was contracted (`count`) or looked up (`taken`)."""
     return path in stats and bool(jnp.any(stats[path][name] > 0))
+
+
+def _step(run: _Programs, layer: Leaves, i: Any, states: list[_Batch]) -> None:
+    """Replace all states by those behind a layer, one by one, so that each is freed."""
+    for j, (state, held) in enumerate(states):
+        states[j] = _Batch((run.step(layer, i, *state[:2]), *state[1:]), held)
 
 
 def _measure_block(
