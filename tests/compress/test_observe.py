@@ -428,7 +428,7 @@ def test_padding_does_not_count(name):
 def test_rows_that_only_fill_up_do_not_count():
     model = mlp.model(mlp.Config(6, (8,), 3))
     params = model.init(jax.random.key(0))
-    features = normal(4, 6, seed=0)
+    features = jnp.asarray(normal(4, 6, seed=0))
     counts = jnp.array([True, True, False, True])
     got = compress.observe(
         model, params, [{"features": features, "counts": counts}], statistics=["gram"]
