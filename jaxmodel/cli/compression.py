@@ -196,6 +196,8 @@ def _scored(options: Sensitivity | Compare) -> tuple[Any, hub.Bundle, Any]:
     """Return the text to score, the model, and the windows of the text."""
     scored = data.load_text(options.data)
     bundle = hub.from_pretrained(options.model)
+    if not bundle.model.continues:
+        raise InputError(f"MODEL: {options.model!r} does not continue texts; allowed: a decoder")
     windows, _ = resolved.windows(
         scored,
         hub.need_processor(bundle),
