@@ -156,7 +156,9 @@ def speeds(latency: Mapping[str, Any]) -> str:
 def draw(of: Report, fmt: str = "svg") -> plot.Picture:
     """Plot the errors of the rows of a report, above what became of the whole."""
     done = [row for row in of.leaves if row["method"]]
-    whole = f"\n{sizes(of)}" + ("" if of.latency is None else f"\ntokens/s: {speeds(of.latency)}")
+    whole = f"\n{sizes(of)}"
+    if of.latency is not None:
+        whole += "\ntokens/s: " + speeds(of.latency).replace("), ", "),\n")  # a line for each
     key = "output_error" if any("output_error" in row for row in done) else "relative_error"
     label = "error of the output" if key == "output_error" else "error of the weights"
     lines: dict[str, dict[int, float]] = {}
