@@ -12,11 +12,10 @@ from typing import Any
 from jaxmodel import compress, data, evaluate, hub, report
 from jaxmodel.cli import resolved
 from jaxmodel.cli.options import Compare, Compress, Sensitivity
-from jaxmodel.compress.apply import needs_of
 from jaxmodel.compress.recipe_file import SUFFIXES
-from jaxmodel.compress.recipes import ByRole
 from jaxmodel.compress.report import columns, said, sizes, speeds
 from jaxmodel.compress.sensitivity import COLUMNS, draw
+from jaxmodel.compress.texts import BY_DEFAULT
 from jaxmodel.data.text import Text
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.evaluate.compare import COLUMNS as VERSIONS
@@ -27,11 +26,6 @@ from jaxmodel.progress import step
 from jaxmodel.report import plot
 from jaxmodel.report.table import text
 
-BY_DEFAULT = "english_train"
-"""The text that statistics are of if none is given."""
-BATCH = 4
-"""The most windows that run at once."""
-
 # ----------------------------------------------------------------------------------------- compress
 
 
@@ -40,7 +34,7 @@ def run_compress(options: Compress, folder: Any) -> dict[str, Any]:
     recipe = _recipe(options.recipe, options.rule)
     check_target(options.out)
     source = options.calibration
-    needed = wants(recipe) or options.order == "sequential" or options.cap is not None
+    needed = bool(recipe.needs) or options.order == "sequential" or options.cap is not None
     source = BY_DEFAULT if source is None and needed else source
     given = None if source is None else data.load_text(source)
     bundle = hub.from_pretrained(options.model, adapters=options.adapter)
@@ -103,46 +97,14 @@ def show_compress(result: dict[str, Any], console: Any) -> None:
         console.print(f"loss on those: {said(result['loss'])}", markup=False)
 
 
-def wants(recipe: compress.Recipe) -> bool:
-    """Return whether a transform or a method of a recipe wants statistics."""
-    chains = [
-        chain
-        for _, value in recipe.rules
-        for chain in ((value.matrices, value.tables) if isinstance(value, ByRole) else (value,))
-    ]
-    return any(map(needs_of, chains)) or any(one.needs for one in recipe.transforms)
-
-
 def _batches(bundle: hub.Bundle, given: Text, options: Any) -> list[dict[str, Any]]:
     """Cut a text into batches of windows, as inputs of a model."""
-    import jax.numpy as jnp
-
-    names = bundle.model.inputs(1, 2)
-    if "tokens" not in names or {"source", "pixels"} & set(names):
-        raise InputError(
-            f"--calibration: a model that reads {', '.join(names)}; allowed: a model of texts; "
-            "compress.compress_bundle takes batches of any inputs"
-        )
-    context = getattr(bundle.model.config, "context", options.window)
-    if options.window > context:
-        raise InputError(
-            f"--window: {options.window} given; allowed: at most the model's context of {context}"
-        )
-    windows, _ = resolved.windows(
-        given,
-        hub.need_processor(bundle),
-        options.window,
-        options="--calibration, --window",
-        limit=options.windows,
-    )
-    rows = max(1, min(BATCH, len(windows) // 8))
-    whole = len(windows) // rows * rows
-    cut = [jnp.asarray(windows[i : i + rows]) for i in range(0, whole, rows)]
-    others = {name: of.dtype for name, of in names.items() if name != "tokens"}
-    return [
-        {"tokens": one, **{name: jnp.zeros(one.shape, kind) for name, kind in others.items()}}
-        for one in cut
-    ]
+    try:
+        return compress.text_batches(bundle, given, windows=options.windows, window=options.window)
+    except InputError as error:
+        said = str(error)
+        option = "--calibration: " if said.startswith("text: ") else "--"
+        raise InputError(option + said.removeprefix("text: ")) from None
 
 
 def _key(seed: int) -> Any:
@@ -225,7 +187,7 @@ def run_sensitivity(options: Sensitivity, folder: Any) -> dict[str, Any]:
     def make(recipe: compress.Recipe) -> Callable[[], Any]:
         def made() -> Any:
             batches = None
-            if wants(recipe):
+            if recipe.needs:
                 batches = _batches(bundle, data.load_text(options.calibration), options)
             return compress.compress_bundle(bundle, recipe, batches=batches)[0].params
 
@@ -320,7 +282,7 @@ def _version(
 
     def made() -> hub.Bundle:
         batches = None
-        if wants(recipe):
+        if recipe.needs:
             batches = _batches(bundle, data.load_text(options.calibration), options)
         return compress.compress_bundle(bundle, recipe, batches=batches)[0]
 

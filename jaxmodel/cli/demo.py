@@ -26,6 +26,8 @@ _OTHER_WINDOWS = (
 )
 PROMPT = "The capital of France is"
 MESH = "fsdp=4,tensor=2"
+CALIBRATION = 16
+"""Windows of another text than the one scored, for the recipes that measure inputs."""
 
 
 def run(options: Demo, folder: report.Run) -> dict[str, Any]:
@@ -35,7 +37,8 @@ def run(options: Demo, folder: report.Run) -> dict[str, Any]:
     text = data.load_text(options.data)
     with step(f"load {options.model}"):
         bundle = hub.from_pretrained(options.model, dtype="float32")
-        versions = compress.variants(bundle)
+        batches = compress.text_batches(bundle, windows=CALIBRATION)
+        versions = compress.variants(bundle, batches=batches)
         windows, tokens = resolved.windows(
             text,
             hub.need_processor(bundle),

@@ -22,6 +22,7 @@ from jaxmodel.compress.recipes import RECIPES, Recipe, get_recipe
 from jaxmodel.compress.report import Report
 from jaxmodel.compress.rounds import bottom_up, gradually, prune_in_rounds
 from jaxmodel.compress.sensitivity import sensitivity
+from jaxmodel.compress.texts import text_batches
 from jaxmodel.compress.variants import variants
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "quantize",
     "read_recipe",
     "sensitivity",
+    "text_batches",
     "transforms",
     "variants",
 ]

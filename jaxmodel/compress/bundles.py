@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jax
 
-from jaxmodel import tree
+from jaxmodel import data, tree
 from jaxmodel.compress.apply import apply
 from jaxmodel.compress.calibrate import HELD_OUT, calibrate
 from jaxmodel.compress.gradients import Loss
@@ -16,6 +16,7 @@ from jaxmodel.compress.heldout import hold_out
 from jaxmodel.compress.recipe_file import to_record
 from jaxmodel.compress.recipes import Recipe, as_recipe
 from jaxmodel.compress.report import Report
+from jaxmodel.compress.texts import BY_DEFAULT, text_batches
 from jaxmodel.compress.transforms.transform import transformed
 from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle
@@ -45,7 +46,8 @@ def compress_bundle(
       name: the name of the recipe on the card; None for its own. The card has the rules too, except
         those of an unchanged named recipe.
       batches: inputs of the model. What the recipe's transforms and methods want to know about
-        them is measured; None for a recipe that wants nothing.
+        them is measured. None for a recipe that wants nothing, and of a model of texts for those
+        of `text_batches(bundle)`.
       order: see `calibrate`, as are `held_out`, `cap`, `loss`, `key` and `on_row`.
       held_out: the part of the batches that only judges.
       cap: None, or how many times as long as the median an input may be.
@@ -54,13 +56,23 @@ def compress_bundle(
       on_row: called with the record of each leaf as soon as it is compressed.
 
     Raises:
-      InputError: as for `apply` and `calibrate`; statistics are wanted and there are no batches; a
-        transform that the model's family does not allow.
+      InputError: as for `apply` and `calibrate`; statistics are wanted, there are no batches, and
+        the model reads no texts; a transform that the model's family does not allow.
     """
     recipe = as_recipe(recipe)
-    if batches is None and order != "once":
-        raise InputError(f"order: {order!r} given without batches; allowed: batches too")
     given = None if batches is None else list(batches)
+    text = None
+    if batches is None and recipe.needs:
+        text = data.load_text(BY_DEFAULT)
+        try:
+            given = text_batches(bundle, text)
+        except InputError as error:
+            raise InputError(
+                f"batches: none given; the recipe needs {', '.join(recipe.needs)} of inputs, and "
+                f"no text can be measured ({error}); allowed: batches of the model's inputs"
+            ) from None
+    elif batches is None and order != "once":
+        raise InputError(f"order: {order!r} given without batches; allowed: batches too")
     seen = None if given is None else hold_out(given, held_out)[0]
     model, plain = transformed(bundle.model, bundle.params, recipe.transforms, seen, key)
     rules = dataclasses.replace(recipe, transforms=())
@@ -79,6 +91,9 @@ def compress_bundle(
             key=key,
             on_row=on_row,
         )
+    if text is not None:
+        told = {"name": text.name, "origin": text.origin, "sha256": text.sha256}
+        done = dataclasses.replace(done, protocol={**done.protocol, "text": told})
     done = dataclasses.replace(done, bytes_before=tree.nbytes(bundle.params))
     said = to_record(dataclasses.replace(recipe, name=name or recipe.name))
     said = said["base"] if list(said) == ["base"] else said

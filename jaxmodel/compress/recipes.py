@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 from jaxmodel import ops, tree
 from jaxmodel.brief import briefly
 from jaxmodel.compress.method import Chain, Method, parse
-from jaxmodel.compress.prune.magnitude import Magnitude
+from jaxmodel.compress.prune.sparsegpt import Sparsegpt
+from jaxmodel.compress.quantize.gptq import Gptq
 from jaxmodel.compress.quantize.rtn import Rtn
+from jaxmodel.compress.quantize.turn import Turn
 from jaxmodel.compress.transforms.transform import parse_transforms, write_transforms
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.models import Model
@@ -88,6 +91,21 @@ class Recipe:
         return model.with_policy(dataclasses.replace(model.policy, compute_dtype=self.compute))
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics of inputs that its transforms and methods want.
+
+        >>> get_recipe("smooth(0.5) ; gptq(4)").needs, get_recipe("int8-weight").needs
+        (('square', 'gram'), ())
+        """
+        chains = [
+            chain
+            for _, value in self.rules
+            for chain in ((value.matrices, value.tables) if isinstance(value, ByRole) else (value,))
+        ]
+        members = (*self.transforms, *itertools.chain.from_iterable(chains))
+        return tuple(dict.fromkeys(name for one in members for name in one.needs))
+
+    @property
     def fingerprint(self) -> str:
         """The SHA-256 of what the recipe does, whatever its name: equal for equal recipes.
 
@@ -161,16 +179,18 @@ _W8A8 = (Rtn(8, activations="int8"),)
 # With tied weights the embedding is also the head, so it is rounded in the same way as the layers.
 # If all contractions are int8, the rest (attention and its cache) is computed in bfloat16.
 _ALL = (
-    _recipe("int8", _W8A8, _W8A8, "bfloat16"),
+    _recipe("int8", (Turn(), *_W8A8), (Turn(), *_W8A8), "bfloat16"),
     _recipe("int8-weight", (Rtn(8),)),
-    _recipe("int4", (Rtn(4, group=64),)),
-    _recipe("sparse50-int8", (Magnitude(0.5), *_W8A8), _W8A8, "bfloat16"),
+    _recipe("int4", (Turn(), Gptq(4, group=64))),
+    _recipe("int4-rtn", (Rtn(4, group=64),)),
+    _recipe("sparse50-int8", (Sparsegpt(0.5), *_W8A8), _W8A8, "bfloat16"),
 )
 RECIPES: dict[str, Recipe] = {str(recipe.name): recipe for recipe in _ALL}
 """Recipes by name.
 
 `int8` also rounds the activations, at run time; `int8-weight` does not. `int4` has symmetric groups
-of 64 with float16 scales.
+of 64 with float16 scales. `int4` and `sparse50-int8` measure the inputs of the layers; `int4-rtn`
+looks at the weights alone, and loses more.
 """
 
 

@@ -45,7 +45,7 @@ class Report:
       loss: None, or the loss on the held-out tokens: `before`, `after` and `change`, each with
         `mean` and `interval` (95 %, None for a single batch), and `predictions`.
       protocol: what was measured: data (a fingerprint), context, tokens, held_out_tokens, order,
-        cap; {} without batches.
+        cap, and text where one was chosen; {} without batches.
       file_bytes: None, or the bytes of the files of the weights (see `on_disk`).
       latency: None, or what `compress.latency` measured.
     """

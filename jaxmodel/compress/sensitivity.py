@@ -107,11 +107,11 @@ def draw(rows: list[dict[str, Any]], fmt: str = "svg") -> plot.Picture:
     """
     names = list(dict.fromkeys(row["layer"] for row in rows))
     layers = [name for name in names if name.rpartition("/")[2].isdigit()]
-    lines: dict[str, tuple[list[float], list[float]]] = {}
+    lines: dict[str, tuple[list[int], list[float]]] = {}
     for row in rows:
         if row["layer"] in layers:
             x, y = lines.setdefault(row["version"], ([], []))
-            x.append(float(row["layer"].rpartition("/")[2]))
+            x.append(int(row["layer"].rpartition("/")[2]))
             y.append(row["nll_change"])
     title = "The loss that each layer costs"
     if lines:

@@ -10,11 +10,17 @@ from jaxmodel.compress.bundles import compress_bundle
 from jaxmodel.compress.recipes import RECIPES
 from jaxmodel.errors import InputError, one_of
 from jaxmodel.hub import Bundle
+from jaxmodel.models.model import Inputs
 
 VERSIONS = ("f32", "bf16", *RECIPES)
 
 
-def variants(bundle: Bundle, names: Sequence[str] = VERSIONS) -> dict[str, Callable[[], Bundle]]:
+def variants(
+    bundle: Bundle,
+    names: Sequence[str] = VERSIONS,
+    *,
+    batches: Sequence[Inputs] | None = None,
+) -> dict[str, Callable[[], Bundle]]:
     """Return functions that make the named variants of a bundle, for `evaluate.compare`.
 
     Nothing is made before they are called.
@@ -22,6 +28,7 @@ def variants(bundle: Bundle, names: Sequence[str] = VERSIONS) -> dict[str, Calla
     Args:
       bundle: a bundle with plain float32 weights.
       names: `f32`, `bf16` or names of recipes in `RECIPES`.
+      batches: for the recipes that want to know the inputs; see `compress_bundle`.
 
     Raises:
       InputError: a name that is not known, or a bundle that is compressed already.
@@ -38,7 +45,8 @@ def variants(bundle: Bundle, names: Sequence[str] = VERSIONS) -> dict[str, Calla
 
     def make(name: str) -> Bundle:
         if name in RECIPES:
-            return compress_bundle(bundle, RECIPES[name])[0]
+            recipe = RECIPES[name]
+            return compress_bundle(bundle, recipe, batches=batches if recipe.needs else None)[0]
         if name == "f32":
             # a new object, so that what it caches for running is freed with it
             return dataclasses.replace(bundle)

@@ -18,7 +18,6 @@ from jaxmodel.leaves.leaf import (
     full_spec,
     later,
     register,
-    shards,
     static,
 )
 
@@ -79,13 +78,6 @@ class Turned(Compressed):
     def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> Turned:
         """Return the leaf with a `PartitionSpec` in place of each array."""
         *lead, out, last = full_spec(spec, self.ndim)
-        parts = shards(last, sizes)
-        expect(
-            parts == 1 or not self.hadamard or self.shape[-1] % (parts * self.hadamard) == 0,
-            self,
-            f"a spec {spec} cuts the last axis of {self.shape[-1]} into {parts} parts, which "
-            f"splits a block of {self.hadamard}",
-        )
         whole = PartitionSpec(*lead, out, last)
         base = self.base.specs(whole, sizes) if isinstance(self.base, Compressed) else whole
         scale = None if self.scale is None else PartitionSpec(*lead, None, last)

@@ -108,6 +108,8 @@ def curves(
         for name, x in (marks or {}).items():
             ax.axvline(x, color=INK, linewidth=1, linestyle=(0, (1, 2)), label=name)
         _scale(ax, logx, logy)
+        if not logx and all(np.asarray(x).dtype.kind in "iu" for x, _ in series.values()):
+            ax.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 0.2
         if len(names := [*series, *(marks or {})]) > 1:
             _legend(ax, names, 3)
     return Picture(out.getvalue())

@@ -247,7 +247,7 @@ def test_other_arrays_are_refused(tmp_path, state):
 
 
 def test_compressed_leaves_and_their_static_fields(tmp_path, state):
-    params, _ = compress.apply(compress.get_recipe("int4"), state.params, axes=MODEL.axes)
+    params, _ = compress.apply(compress.get_recipe("int4-rtn"), state.params, axes=MODEL.axes)
     now = train.TrainState(jnp.int32(1), jnp.int32(1), params, (), {})
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(now)

@@ -72,7 +72,7 @@ BAD = [
     (["generate", "{tiny}", "--prompt", "fox", "--chat"], "chat_template: this tokenizer has none"),
     (
         ["compress", "{tiny}", "--recipe", "int5", "--out", "{new}"],
-        "recipe: 'int5' is not known; allowed: int4, int8",
+        "recipe: 'int5' is not known; allowed: int4, int4-rtn",
     ),
     (
         ["compress", "{tiny}", "--recipe", "rtn(bits=12)", "--out", "{new}"],

@@ -93,11 +93,11 @@ def test_what_is_wrong_is_one_line(capsys, folder):
     for words, message in (
         (
             ("compress", tiny, "--recipe", GPTQ, "--calibration", short, "--window", 64, *out),
-            "--calibration, --window: ",
+            "short.txt' has 10 tokens; allowed: at least the 64 of one window",
         ),
         (
             ("compress", tiny, "--recipe", GPTQ, "--window", 999, *out),
-            "--window: 999 given; allowed: at most the model's context of 128",
+            "--window: 999 given; allowed: 2 to the model's context of 128",
         ),
         (("compress", tiny, "--recipe", GPTQ, "--order", "onec", *out), "--order"),
         (

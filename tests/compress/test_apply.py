@@ -9,7 +9,7 @@ import pytest
 
 from jaxmodel import compress, tree
 from jaxmodel.errors import InputError
-from jaxmodel.leaves import QTensor, Sparse, decode
+from jaxmodel.leaves import Compressed, decode
 from jaxmodel.models import gpt2, llama
 
 MODELS = {"llama": llama.model(llama.SIZES["tiny"]), "gpt2": gpt2.model(gpt2.SIZES["tiny"])}
@@ -22,13 +22,17 @@ def params():
     return {name: jax.jit(model.init)(jax.random.key(0)) for name, model in MODELS.items()}
 
 
+SPARSE = "magnitude(0.5) | rtn(8, activations='int8')"
+LIMITS = {"int8": 0.05, "int8-weight": 0.03, "int4-rtn": 0.3, SPARSE: 1.0}
+
+
 # contracts/test_recipes.py takes them to every family
 @pytest.mark.parametrize(
-    ("family", "recipe"), [*(("llama", name) for name in compress.RECIPES), ("gpt2", "int4")]
+    ("family", "recipe"), [*(("llama", name) for name in LIMITS), ("gpt2", "int4-rtn")]
 )
 def test_named_recipes(family, recipe, params):
     small, report = compress.apply(
-        compress.RECIPES[recipe], params[family], axes=MODELS[family].axes
+        compress.get_recipe(recipe), params[family], axes=MODELS[family].axes
     )
     assert list(tree.flatten(small)) == list(tree.flatten(params[family]))  # same paths
     assert report.bytes_before == tree.nbytes(params[family]) and report.bytes_after == tree.nbytes(
@@ -38,13 +42,10 @@ def test_named_recipes(family, recipe, params):
     assert report.bits_per_weight == pytest.approx(8 * tree.nbytes(small) / tree.count(small))
     for row in report.leaves:
         leaf = tree.flatten(small)[row["path"]]
-        assert (
-            bool(row["method"]) == isinstance(leaf, QTensor | Sparse) == (row["relative_error"] > 0)
-        )
+        assert bool(row["method"]) == isinstance(leaf, Compressed) == (row["relative_error"] > 0)
         assert row["bits_per_weight"] == pytest.approx(8 * tree.nbytes(leaf) / np.prod(leaf.shape))
     exact, near = (np.asarray(APPLY[family](p, TOKENS).logits) for p in (params[family], small))
-    limit = {"int8": 0.05, "int8-weight": 0.03, "int4": 0.3, "sparse50-int8": 1.0}[recipe]
-    assert 0 < float(np.std(near - exact) / np.std(exact)) < limit
+    assert 0 < float(np.std(near - exact) / np.std(exact)) < LIMITS[recipe]
 
 
 def test_layers_may_differ(params):

@@ -62,7 +62,7 @@ def test_a_network_of_bits_learns_what_rounding_afterwards_loses():
 
 
 def test_a_recipe_by_role_takes_the_axes_of_the_model():
-    loss = compress.aware(losses.classification, compress.get_recipe("int4"))
+    loss = compress.aware(losses.classification, compress.get_recipe("int4-rtn"))
     params = MODEL.init(jax.random.key(0))
     batch = {"features": jnp.ones((2, 16)), "labels": jnp.zeros(2, jnp.int32)}
     stored, _ = compress.apply(loss.recipe, params, axes=MODEL.axes)
@@ -74,4 +74,4 @@ def test_a_recipe_by_role_takes_the_axes_of_the_model():
     )(params, stored)
     np.testing.assert_allclose(got, want, rtol=1e-4)
     with pytest.raises(InputError, match="axes: None given"):
-        compress.fake(compress.get_recipe("int4"), params)
+        compress.fake(compress.get_recipe("int4-rtn"), params)

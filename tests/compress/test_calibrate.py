@@ -330,7 +330,8 @@ def test_what_is_wrong_is_said():
     reader = hub.Bundle(MODELS["bert"], given("bert")[0])
     shapes = jax.eval_shape(LENET.init, jax.random.key(0))
     for call, message in (
-        (lambda: compress.compress_bundle(bundle, GPTQ), "'gram' of the input of"),
+        (lambda: compress.apply(GPTQ, params), "'gram' of the input of"),
+        (lambda: compress.compress_bundle(bundle, GPTQ), "needs gram .* has no tokenizer"),
         (
             lambda: compress.calibrate(LENET, shapes, GPTQ, batches, order="sequential"),
             "order: 'sequential' given for a model without blocks; allowed: 'once'",
@@ -343,7 +344,7 @@ def test_what_is_wrong_is_said():
         (lambda: compress.calibrate(model, params, GPTQ, batches, cap=0.0), "cap: 0.0 given"),
         (lambda: compress.calibrate(model, params, GPTQ, batches, held_out=1.0), "held_out: 1.0"),
         (
-            lambda: compress.compress_bundle(bundle, GPTQ, order="sequential"),
+            lambda: compress.compress_bundle(bundle, [(".*", "")], order="sequential"),
             "given without batches",
         ),
         (
@@ -354,3 +355,22 @@ def test_what_is_wrong_is_said():
     ):
         with pytest.raises(InputError, match=message):
             call()
+
+
+def test_a_model_of_texts_is_measured_by_itself():
+    """As by hand on the text that is there by default; what reads no texts is refused."""
+    params, _ = given("llama")
+    bundle = hub.Bundle(MODELS["llama"], params, hub.train_bpe(["ab"], 257))
+    recipe = compress.Recipe([("blocks/0/attn/q", "turn() | gptq(4)"), (".*", "")])
+    small, told = compress.compress_bundle(bundle, recipe)
+    batches = compress.text_batches(bundle)
+    again, by_hand = compress.compress_bundle(bundle, recipe, batches=batches)
+    assert tree.fingerprint(small.params) == tree.fingerprint(again.params)
+    assert told.protocol["text"]["name"] == "english_train"
+    assert told.protocol["data"] == by_hand.protocol["data"]
+    assert isinstance(tree.flatten(small.params)["blocks/0/attn/q"], Turned)
+    other = mlp.model(mlp.SIZES["tiny"])
+    with pytest.raises(InputError, match="batches: none given; the recipe needs gram .*features"):
+        compress.compress_bundle(
+            hub.Bundle(other, jax.jit(other.init)(jax.random.key(0))), [(".*", "gptq(4)")]
+        )

@@ -18,7 +18,7 @@ from jaxmodel.models import gpt2
 
 MODEL = gpt2.model(gpt2.SIZES["tiny"])
 YAML = """
-base: int4  # what the rules leave
+base: int4-rtn  # what the rules leave
 rules:
   blocks/0/.*/(up|down): magnitude(0.5) | rtn(bits=8)
   ?nowhere: rtn(bits=2)
@@ -32,7 +32,7 @@ RULES = [
     (tree.optional("nowhere"), "rtn(bits=2)"),
 ]
 RULES += [("blocks/.*/up", "rtn(bits=6)"), ("embed", "")]
-IN_PYTHON = Recipe((*RULES, *compress.RECIPES["int4"].rules), "float16", "mixed")
+IN_PYTHON = Recipe((*RULES, *compress.RECIPES["int4-rtn"].rules), "float16", "mixed")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,8 @@ def write(folder, name, text):
 
 @pytest.mark.parametrize("name", ["a.yaml", "a.yml", "a.YAML", "a.json"])
 def test_a_file_says_what_python_says(name, bundle, tmp_path):
-    as_json = {"base": "int4", "rules": {f"?{p}" if p == "nowhere" else p: c for p, c in RULES}}
+    rules = {f"?{p}" if p == "nowhere" else p: c for p, c in RULES}
+    as_json = {"base": "int4-rtn", "rules": rules}
     text = (
         json.dumps(as_json | {"compute": "float16", "name": "mixed"})
         if name.endswith("json")
@@ -91,11 +92,11 @@ def test_a_bundle_is_a_recipe(bundle, tmp_path):
         tree.fingerprint(again.params) == tree.fingerprint(smaller.params)
         and again.card == smaller.card
     )
-    named, _ = compress.compress_bundle(bundle, compress.get_recipe("int4"))
+    named, _ = compress.compress_bundle(bundle, compress.get_recipe("int4-rtn"))
     named.save_pretrained(tmp_path / "named")
     assert (
-        named.card["recipe"] == "int4"
-        and compress.read_recipe(tmp_path / "named") == compress.RECIPES["int4"]
+        named.card["recipe"] == "int4-rtn"
+        and compress.read_recipe(tmp_path / "named") == compress.RECIPES["int4-rtn"]
     )
     bundle.save_pretrained(tmp_path / "plain")
     with pytest.raises(
@@ -107,7 +108,7 @@ def test_a_bundle_is_a_recipe(bundle, tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("base: int5", "recipe: 'int5' is not known; allowed: int4, int8, .*nearest: int8, int4"),
+        ("base: int5", "recipe: 'int5' is not known; allowed: int4, .*nearest: int8, int4"),
         ("rules: {a: rtm(4)}", "the rule 'a': method: 'rtm' is not known; allowed: .*nearest: rtn"),
         ("rules: {a: rtn(bitz=4)}", r"'rtn\(bitz=4\)': rtn takes the settings bits, group, "),
         ("rules: {a: rtn(4}", r"'rtn\(4' cannot be read; write it as"),

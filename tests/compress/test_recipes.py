@@ -17,6 +17,7 @@ from jaxmodel.leaves import QTensor
 from jaxmodel.models import gpt2, t5
 
 MODEL = gpt2.model(gpt2.SIZES["tiny"])
+BY_WEIGHTS = [name for name, recipe in compress.RECIPES.items() if not recipe.needs]
 WEIGHT = {"w": jnp.arange(16, dtype=jnp.float32).reshape(2, 8)}
 
 
@@ -38,7 +39,7 @@ def test_named_takes_names_and_chains():
         and text.name == "rtn(bits=3)"
     )
     with pytest.raises(
-        InputError, match=r"recipe: 'int5' is not known; allowed: .*nearest: int8, int4"
+        InputError, match=r"recipe: 'int5' is not known; allowed: .*nearest: int8, int4.*"
     ):
         compress.get_recipe("int5")
 
@@ -52,7 +53,7 @@ def test_where_all_contractions_are_int8_the_rest_is_bfloat16():
     ]
 
 
-@pytest.mark.parametrize("name", compress.RECIPES)
+@pytest.mark.parametrize("name", BY_WEIGHTS)
 def test_a_bundle_is_what_its_recipe_says(name, bundle):
     recipe = compress.get_recipe(name)
     smaller, report = compress.compress_bundle(bundle, recipe)

@@ -26,6 +26,8 @@ from jaxmodel.compress.draft import (
     store,
 )
 from jaxmodel.compress.prune.masks import Pruning
+from jaxmodel.errors import InputError
+from jaxmodel.leaves.hadamard import largest_block
 
 LAYERS = 2
 OUT = 8
@@ -78,7 +80,7 @@ OTHER = ["compensate()"]
 # of each way to make a weight: as it was, rounded, moved, drawn, and several of them
 WAYS = ["wanda(0.5)", "nf4(group=16)", "gptq(3)", "binary(stochastic=True)", "rtn(4) | obs(0.5)"]
 
-ADDING = ("gpt", "compensate", "obs")
+ADDING = ("gpt", "compensate", "obs", "turn")
 """What names of methods have that add up products over a row."""
 
 # what pairs are made of: one of each way to choose a mask, and to choose and to use a grid
@@ -96,6 +98,8 @@ CHAINS = [
     "magnitude(0.5, block=(4, 8)) | rtn(4)",
     "wanda(0.3) | obs(pattern=(2, 4))",
     "rtn(4) | obs(0.5)",
+    "turn() | gptq(4, group=8)",
+    "turn(4) | wanda(0.5) | rtn(4)",
 ]
 
 
@@ -245,6 +249,20 @@ def test_compensation_lowers_the_error_of_the_output():
     assert np.all(error("gptq(4)") < 0.8 * error("rtn(4)"))
     assert np.all(error("wanda(0.5) | compensate()") < 0.8 * error("wanda(0.5)"))
     assert np.all(error("sparsegpt(0.5)") < 2 * error("wanda(0.5)"))  # of one block, it is greedy
+
+
+def test_turn_keeps_the_product_and_stands_first():
+    (turn,) = compress.parse("turn()")
+    leaf = turn(WEIGHT)
+    assert isinstance(leaf, leaves.Turned) and leaf.hadamard == largest_block(IN) > 1
+    np.testing.assert_allclose(decoded(leaf), WEIGHT, atol=1e-5)
+    assert turn(leaf) is leaf  # it is rotated already
+    odd = WEIGHT[..., :7]
+    assert turn(odd) is odd  # no Hadamard matrix divides it
+    with pytest.raises(InputError, match=r"turn: the weights are pruned already; .* before"):
+        compress.parse("turn()")[0](compress.parse("magnitude(0.5)")[0](WEIGHT))
+    with pytest.raises(InputError, match="block is 6; allowed: a size of a Hadamard matrix"):
+        compress.parse("turn(6)")
 
 
 def test_strength_zero_is_the_identity():

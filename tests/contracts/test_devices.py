@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxmodel import compress, ops, optim, plan, sharding, train, tree
 from jaxmodel.compress.draft import _stored, draft_of, stored_of
 from jaxmodel.errors import InputError
-from jaxmodel.leaves import QTensor, Sparse, decode
+from jaxmodel.leaves import QTensor, Sparse, Turned, decode
 from jaxmodel.models import families
 from jaxmodel.train.state import init_state, state_shardings
 from tests.contracts import test_chains
@@ -277,6 +277,7 @@ def check_each_leaf_on_rows_and_columns() -> None:
         "int4 rows": quantise(w, 4),
         "int4 groups": quantise(w, 4, group=8),
         "affine groups": affine(w, 16),
+        "turned int8": Turned(quantise(w, activations="int8"), hadamard=64),
         "fp8 limit": QTensor.from_codes(
             (w * 100).astype(jnp.float8_e4m3fn),
             jnp.full((16, 1), 0.01, jnp.float32),

@@ -135,7 +135,9 @@ def test_muon_takes_the_matrices_of_layers(params):
 
 
 def test_recipes(params):
-    small, report = compress.compress_bundle(hub.Bundle(MODEL, params), compress.get_recipe("int4"))
+    small, report = compress.compress_bundle(
+        hub.Bundle(MODEL, params), compress.get_recipe("int4-rtn")
+    )
     bits = {
         path: leaf.bits if isinstance(leaf, QTensor) else None
         for path, leaf in tree.flatten(small.params).items()

@@ -34,7 +34,8 @@ def _inputs(model):
     return made
 
 
-NAMES = ("int8", "int8-weight", "int4", "sparse50-int8", "rtn(bits=3)")
+SPARSE = "magnitude(0.5) | rtn(8, activations='int8')"
+NAMES = ("int8", "int8-weight", "int4-rtn", SPARSE, "rtn(bits=3)")
 
 
 def test_named_recipes_are_one_rule_by_role():
@@ -48,7 +49,7 @@ def test_named_recipes_are_one_rule_by_role():
 
 def test_without_axes_nobody_guesses():
     with pytest.raises(InputError, match="axes: None given; a recipe by role needs"):
-        compress.apply(compress.get_recipe("int4"), {"up": jnp.ones((8, 8))})
+        compress.apply(compress.get_recipe("int4-rtn"), {"up": jnp.ones((8, 8))})
 
 
 BY_LEAVES = ("gpt_oss/tiny", "llama/tiny-sparse", "resnet/tiny-group")
@@ -90,7 +91,7 @@ def test_named_recipes_take_every_kind(kind):
         if len(tree.layer_shape(p, leaf)) >= 2
     }
     logits = jax.eval_shape(kind.model.apply, kind.params, kind.inputs).logits
-    others = ("int4", "sparse50-int8") if kind.name in BY_LEAVES else ()
+    others = ("int8", "int4-rtn", SPARSE) if kind.name in BY_LEAVES else ()
     for name in ("int8-weight", *others):
         recipe = compress.get_recipe(name)
         smaller, report = compress.apply(recipe, kind.params, axes=kind.model.axes)
@@ -189,7 +190,7 @@ def test_rules_in_front_are_exceptions():
     module = families()["gpt2"]
     model = module.model(module.SIZES["tiny"])
     params = jax.jit(model.init)(jax.random.key(0))
-    recipe = compress.get_recipe("int4")
+    recipe = compress.get_recipe("int4-rtn")
     mine = dataclasses.replace(
         recipe, rules=(("blocks/0/.*/up", "rtn(bits=8)"), ("embed", ""), *recipe.rules)
     )

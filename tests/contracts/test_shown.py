@@ -115,7 +115,7 @@ def found() -> dict[str, type]:
 def examples(folder) -> dict[str, object]:
     model = gpt2.model(gpt2.SIZES["tiny"])
     params = model.init(jax.random.key(0))
-    smaller, done = compress.apply(compress.get_recipe("int4"), params, axes=model.axes)
+    smaller, done = compress.apply(compress.get_recipe("int4-rtn"), params, axes=model.axes)
     tokenizer = hub.train_bpe([EVIL * 3, "a text of words " * 9], 260)
     state = init_state(params, optax.adam(1e-3))
     arrays = {

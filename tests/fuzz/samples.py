@@ -77,7 +77,7 @@ def make(room: Path) -> list[tuple[str, str]]:
     model = gpt2.model(gpt2.Config(vocab=257, width=16, depth=2, heads=2, context=64))
     bundle = hub.Bundle(model, jax.jit(model.init)(jax.random.key(0)), tokenizer)
     bundle.save_pretrained(room / "plain")
-    smaller, _ = compress.compress_bundle(bundle, compress.get_recipe("int4"))
+    smaller, _ = compress.compress_bundle(bundle, compress.get_recipe("int4-rtn"))
     smaller.save_pretrained(room / "int4")
     found += [("plain", "chat"), ("plain", "generate"), ("int4", "load")]
     adapted = adapt.lora(

@@ -45,7 +45,8 @@ MIXED = (
     ("embed", (Rtn(6, activations="int8"),)),
     (".*", ()),
 )
-VARIANTS = ("plain", "bf16", "mixed", *compress.RECIPES)
+BY_WEIGHTS = [name for name, recipe in compress.RECIPES.items() if not recipe.needs]
+VARIANTS = ("plain", "bf16", "mixed", *BY_WEIGHTS, "magnitude(0.5) | rtn(8)")
 
 
 @functools.cache
@@ -68,7 +69,8 @@ def variant(kind: str, name: str) -> Bundle:
         return bundle
     if name == "bf16":
         return dataclasses.replace(bundle, params=tree.cast(bundle.params, "bfloat16"))
-    return compress.compress_bundle(bundle, MIXED if name == "mixed" else compress.RECIPES[name])[0]
+    recipe = MIXED if name == "mixed" else compress.get_recipe(name)
+    return compress.compress_bundle(bundle, recipe)[0]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("gpt2", "plain"),
         ("llama", "plain"),
         ("llama", "mixed"),
-        ("llama", "int4"),
+        ("llama", "int4-rtn"),
     ):
         variant(kind, name).save_pretrained(root / f"{kind}-{name}")
     plain("llama", tied=True).save_pretrained(root / "llama-tied")

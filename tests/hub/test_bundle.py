@@ -128,7 +128,7 @@ def test_policy_and_dtype(tmp_path: Path) -> None:
     assert half.model.policy == dataclasses.replace(policy, axes=(), compute_dtype="float16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half.params)} == {"float16"}
     compressed = from_pretrained(
-        variant("llama", "int4").save_pretrained(tmp_path / "int4"), dtype="bfloat16"
+        variant("llama", "int4-rtn").save_pretrained(tmp_path / "int4"), dtype="bfloat16"
     )
     assert compressed.params["embed"].packed.dtype == jnp.int8  # only plain leaves are cast
     assert compressed.params["norm"]["weight"].dtype == jnp.bfloat16
@@ -155,12 +155,12 @@ def test_equal_bundles_give_equal_files(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("recipe", ["int4", "sparse50-int8"])
+@pytest.mark.parametrize("recipe", ["int4-rtn", "magnitude(0.5) | rtn(8)"])
 def test_file_size_is_that_of_the_buffers(recipe: str, tmp_path: Path) -> None:
     bundle = plain(
         "llama", width=256, heads=8, kv_heads=4, head_width=32, mlp_width=1024, vocab=2048
     )
-    params, _ = compress.apply(compress.RECIPES[recipe], bundle.params, axes=bundle.model.axes)
+    params, _ = compress.apply(compress.get_recipe(recipe), bundle.params, axes=bundle.model.axes)
     folder = dataclasses.replace(bundle, params=params).save_pretrained(tmp_path / "out")
     size = (folder / "model.safetensors").stat().st_size
     assert tree.nbytes(params) < size < 1.01 * tree.nbytes(params)

@@ -38,7 +38,7 @@ def test_takes_the_place_of_a_whole_bundle(tmp_path: Path, stored: Path) -> None
         str(out)
     )  # parents are made
     shutil.copy(stored / "shards" / SHARD, out)
-    variant("llama", "int4").save_pretrained(out)
+    variant("llama", "int4-rtn").save_pretrained(out)
     assert sorted(path.name for path in out.iterdir()) == [
         "config.json",
         "jaxmodel.json",

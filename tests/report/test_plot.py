@@ -188,3 +188,11 @@ def test_a_notebook_shows_a_picture(fmt):
     assert (svg is None, png is None) == (fmt == "png", fmt == "svg")
     if svg:
         assert "background:#ffffff" in svg and ElementTree.fromstring(svg).tag.endswith("svg")
+
+
+def test_whole_numbers_have_whole_ticks():
+    """There is no layer 0.2."""
+    ticks = lambda x: words(plot.curves({"a": (x, [7, 9])}, "", ""))
+    whole, parts = ticks([0, 1]), ticks([0.0, 1.0])
+    assert {"0", "1"} <= set(whole) and not [tick for tick in whole if tick.startswith("0.")]
+    assert "0.2" in parts

@@ -8,6 +8,7 @@ from jaxmodel.compress.quantize.ranges import RangeRule
 from jaxmodel.compress.quantize.rounding import Stochastic, Truncate
 from jaxmodel.compress.quantize.rtn import Rtn
 from jaxmodel.compress.quantize.tables import Equalised, InverseTransform, Nf4
+from jaxmodel.compress.quantize.turn import Turn
 
 __all__ = [
     "Activations",
@@ -24,6 +25,7 @@ __all__ = [
     "Stochastic",
     "Ternary",
     "Truncate",
+    "Turn",
     "learn_ranges",
     "store_ranges",
 ]

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,10 @@ class DropLayers(Transform):
     keep: Annotated[float, Range(0, 1, above=0)] = 0.75
     score: Literal["change", "magnitude"] = "change"
 
-    needs: ClassVar[tuple[str, ...]] = ("change",)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score == "change":
+            object.__setattr__(self, "needs", ("change",))
 
     def measure(self, model: Model, params: tree.Params, batches: Sequence[Inputs] | None) -> Stats:
         """Return what each layer changes, by the path of the layer, with the number of tokens."""

@@ -54,8 +54,8 @@ class Rotate(Transform):
       matrix: "hadamard" with random signs, in the largest blocks for which a Hadamard matrix is
         known; or "random" orthogonal. `online` is always Hadamard's, and a stream whose mean stays
         always random.
-      block: of `online`, in units; None for the largest that a Hadamard matrix is known for. On a
-        mesh that splits these units, a block must lie on one device.
+      block: of `online`, in units; None for the largest that a Hadamard matrix is known for. One
+        that a mesh splits costs an exchange of activations.
     """
 
     stream: bool = True

@@ -57,7 +57,10 @@ class Shrink(Transform):
     scope: Literal["set", "model"] = "set"
     multiple: Count = 1
 
-    needs: ClassVar[tuple[str, ...]] = ("square",)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score == "activity":
+            object.__setattr__(self, "needs", ("square",))
 
     def inputs(self, model: Model, params: tree.Params) -> frozenset[str]:
         """Return the leaves that read the units, if their activity is the score."""
