@@ -19,7 +19,8 @@ from jaxmodel.errors import ABOVE_ZERO, BELOW_ONE, InputError, within
 _RECIPE = (
     "Recipe of the compression. A name: int8 (weights, and activations as they are computed), "
     "int8-weight (weights only), int4 (groups of 64 weights, measured on --calibration), int4-rtn "
-    "(without it), sparse50-int8 (half of the weights zero). Or a chain of methods for the layers, such as 'magnitude(0.5) | rtn(4, group=32)'; "
+    "(without it), sparse50-int8 (half of the weights zero). Or a chain of methods for the layers, "
+    "such as 'magnitude(0.5) | rtn(4, group=32)'; "
     "transforms of the whole model stand in front: 'rotate() ; gptq(4)'. `jaxmodel methods` lists "
     "all. Or a .yaml or .json file ('-' for YAML on standard input) with the keys base (one of the "
     "above), rules (pattern: chain), transforms, compute and name. Or the folder of a compressed "
