@@ -181,7 +181,7 @@ _W8A8 = (Rtn(8, activations="int8"),)
 _ALL = (
     _recipe("int8", (Turn(), *_W8A8), (Turn(), *_W8A8), "bfloat16"),
     _recipe("int8-weight", (Rtn(8),)),
-    _recipe("int4", (Turn(), Gptq(4, group=64))),
+    _recipe("int4", (Turn(), Gptq(4, group=64, damping=0.1))),
     _recipe("int4-rtn", (Rtn(4, group=64),)),
     _recipe("sparse50-int8", (Sparsegpt(0.5), *_W8A8), _W8A8, "bfloat16"),
 )

@@ -22,7 +22,8 @@ class Gptq(Rtn):
     Attributes:
       range: as for `Rtn`; errors count by the mean square of the input that they meet.
       act_order: round the columns of the largest inputs first. The groups stay where they are.
-      damping: of the Hessian, as a fraction of its mean diagonal.
+      damping: of the Hessian, as a fraction of its mean diagonal. With 0.1 the result fits other
+        texts than the one that was measured better; `int4` has that.
       sweeps: how often the columns are improved afterwards (see `solve.refine`).
     """
 
