@@ -37,7 +37,9 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     bundle = hub.from_pretrained("smollm2-135m", dtype="float32")
     tokenizer = hub.need_processor(bundle)
     windows = data.windows(tokenizer.encode(text.text), WINDOW, limit=count, begin=tokenizer.begins)
-    rows = evaluate.compare(compress.variants(bundle), windows, speed=True, seed=seed)
+    batches = compress.text_batches(bundle, "wikitext2-valid", windows=16 if quick else 32)
+    versions = compress.variants(bundle, batches=batches)
+    rows = evaluate.compare(versions, windows, speed=True, seed=seed)
     by_name = {row["name"]: row for row in rows}
     f32, int8, plain, int4 = (by_name[name] for name in ("f32", "int8", "int8-weight", "int4"))
     reference = not quick and "wikitext2-test" in text.origin

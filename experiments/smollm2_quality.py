@@ -112,14 +112,19 @@ ENTRIES = (
     Entry("50 % and 4 bits", "sparsegpt(0.5) | gptq(4)", None),
     Entry("50 % and 4 bits in groups of 64", "sparsegpt(0.5) | gptq(4, group=64)", None),
 )
-BEST = "rotate(stream=False) ; gptq(4, group=64)"
-WHOLE: tuple[tuple[str, Any], ...] = (
-    ("int8", "once"),
-    ("int4", "once"),
-    (BEST, "once"),
-    (BEST, "sequential"),
+INT4 = compress.get_recipe("int4")
+SMALL = "int4, its table in 6 bits"
+WHOLE: tuple[tuple[compress.Recipe, Any, bool], ...] = (
+    (compress.get_recipe("int8"), "once", True),
+    (compress.get_recipe("int4-rtn"), "once", True),
+    (INT4, "once", True),
+    (INT4, "sequential", False),
+    (compress.Recipe([("embed", "turn() | rtn(6)"), *INT4.rules], name=SMALL), "once", False),
+    (compress.get_recipe("sparse50-int8"), "once", False),
 )
-"""Recipes of the whole model; tables are stored in 8 bits."""
+"""Recipes of the whole model, the order of their calibration, and whether the quick form has it."""
+GOALS = {"int8": ("<= 1", None), "int4": ("<= 8", "<= 5.1"), SMALL: ("<= 8", "<= 4.7")}
+"""Of the perplexity and of the bits a weight."""
 
 
 def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
@@ -184,14 +189,16 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
                 (f"{name}, less that of 3 bits, rtn", found[name] - three, "nats", "<= 0")
             )
     count = tree.count(bundle.params)
-    for name, order in WHOLE if not quick else WHOLE[2:3]:
-        small, _ = compress.compress_bundle(
-            bundle, compress.get_recipe(name), batches=batches, order=order
-        )
+    for recipe, order, fast in WHOLE:
+        if quick and not fast:
+            continue
+        given = batches if recipe.needs else None
+        small, _ = compress.compress_bundle(bundle, recipe, batches=given, order=order)
+        name = recipe.name
         whole = evaluate.perplexity(small.model, small.for_inference(), windows)
         lost = 100 * math.expm1(whole.nll - dense)
         bits = 8 * tree.nbytes(small.params) / count
-        goals = {"int8": ("<= 1", None), BEST: ("<= 8", "<= 5.1")}.get(name, (None, None))
+        goals = GOALS.get(str(name), (None, None))
         entries.append((f"whole model, {name}, {order}: perplexity", lost, "%", goals[0]))
         entries.append((f"whole model, {name}, {order}: bits a weight", bits, "bits", goals[1]))
     protocol = {
