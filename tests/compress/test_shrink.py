@@ -143,7 +143,7 @@ def test_the_layer_with_the_smallest_weights_goes(tmp_path):
     again = hub.from_pretrained(tmp_path / "one")
     chex.assert_trees_all_equal(again.params, shorter.params)
     assert again.model is shorter.model
-    with pytest.raises(InputError, match=r"batches: none given; 'drop_layers.*' needs change"):
+    with pytest.raises(InputError, match="batches: none given; the recipe needs change"):
         compress.compress_bundle(bundle, compress.get_recipe("drop_layers() ;"))
 
 
