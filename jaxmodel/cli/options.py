@@ -52,10 +52,15 @@ _CALIBRATION = arg(
     help=f"Text on which the inputs of the layers, and what is lost, are measured: {TEXT}.",
     help_behavior_hint="(default: english_train if the recipe, --order or --cap needs one)",
 )
+_WINDOW = arg(
+    metavar="INT",
+    help="Tokens in a window, at most the context length of the model.",
+    help_behavior_hint="(default: 512, or the context length)",
+)
 _CAP = arg(
     metavar="FLOAT",
-    help="How many times as long as the median an input may count: some tokens, often the first of "
-    "a text, are a thousand times as long as others, and would alone decide.",
+    help="Largest length with which an input counts, as a multiple of the median: some tokens, "
+    "often the first of a text, are a thousand times as long as others, and would alone decide.",
     help_behavior_hint="(default: as long as it is)",
 )
 _ORDER = arg(
@@ -172,7 +177,6 @@ class Compress(Common):
 
     Attributes:
       windows: Number of windows of the text of --calibration, from its start.
-      window: Tokens in a window, at most the context length of the model.
       held_out: Part of the windows, the last ones, that only judges.
       latency: Also measure how fast the model reads and writes before and after, with 1 and with 8
         streams.
@@ -197,7 +201,7 @@ class Compress(Common):
     calibration: Annotated[str | None, _CALIBRATION] = None
     order: Annotated[Literal["once", "sequential"], _ORDER] = "once"
     windows: int = 32
-    window: int = 512
+    window: Annotated[int | None, _WINDOW] = None
     held_out: float = 0.125
     cap: Annotated[float | None, _CAP] = None
     latency: bool = False

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodel import tree
-from jaxmodel.leaves import Compressed, QTensor
+from jaxmodel.leaves import Compressed, QTensor, Turned
 from jaxmodel.leaves.adapted import SUFFIX
 
 type Groups = Sequence[tuple[str, ...]]
@@ -32,7 +32,8 @@ def fuse(params: tree.Params, groups: Groups = GROUPS) -> tree.Params:
     """Join each group of maps where their leaves allow it.
 
     They must be plain arrays of one dtype, or `QTensor`s with the same static fields and a scale
-    for every row. Other leaves stay separate, and so does a group in which one leaf has an adapter.
+    for every row; or all `Turned` leaves of such, by the same rotation alone. Other leaves stay
+    separate, and so does a group in which one leaf has an adapter.
     """
     out = {
         key: child if tree.is_leaf(child) else fuse(child, groups) for key, child in params.items()
@@ -119,9 +120,14 @@ def _key(group: Iterable[str], widths: list[int]) -> str:
 
 
 def _joinable(members: list[Any]) -> bool:
-    first = members[0]
     if any(leaf is None for leaf in members):
         return False
+    alike = all(jax.tree.structure(leaf) == jax.tree.structure(members[0]) for leaf in members)
+    members = [
+        leaf.base if isinstance(leaf, Turned) and leaf.scale is leaf.limit is None else leaf
+        for leaf in members
+    ]
+    first = members[0]
     if isinstance(first, Compressed):
         if not all(
             isinstance(leaf, QTensor)
@@ -132,9 +138,8 @@ def _joinable(members: list[Any]) -> bool:
             return False
     elif not all(hasattr(leaf, "at") or isinstance(leaf, jax.ShapeDtypeStruct) for leaf in members):
         return False
-    same_fields = all(jax.tree.structure(leaf) == jax.tree.structure(first) for leaf in members)
 
     def signature(leaf: Any) -> list[Any]:
         return [(a.dtype, a.shape[:-2], a.shape[-1]) for a in jax.tree.leaves(leaf)]
 
-    return same_fields and all(signature(leaf) == signature(first) for leaf in members)
+    return alike and all(signature(leaf) == signature(first) for leaf in members)

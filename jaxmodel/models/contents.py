@@ -123,7 +123,8 @@ def _axes(spec: PartitionSpec, ndim: int) -> list[Any]:
 def _kind(leaf: Any) -> str:
     """Return the dtype of an array, or the class of a compressed leaf.
 
-    The class comes with the static fields that differ from the default, or the bits.
+    The class comes with the static fields that differ from the default, or the bits, and with what
+    it is made on.
     """
     if not dataclasses.is_dataclass(leaf):
         return str(leaf.dtype)
@@ -131,4 +132,5 @@ def _kind(leaf: Any) -> str:
         f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf) if f.metadata.get("static")
     }
     shown = [f"{name}={value}" for name, value in static.items() if value and name != "pad"]
-    return f"{type(leaf).__name__}({', '.join(shown)})"
+    said = f"{type(leaf).__name__}({', '.join(shown)})"
+    return f"{said} of {_kind(leaf.base)}" if hasattr(leaf, "base") else said

@@ -20,7 +20,8 @@
 
 namespace ffi = xla::ffi;
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
+    defined(__AVX512VL__)
 #define WIDE 1
 #elif defined(__AVX2__) && defined(__FMA__)
 #define WIDE 0

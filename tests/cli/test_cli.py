@@ -368,7 +368,7 @@ def test_demo_on_a_small_bundle_and_its_rerun(capsys, folder, sound_page):
     )
     got = json.loads((folder / "demo.json").read_text())
     names = [row["name"] for row in got["rows"]]
-    assert names == ["f32", "bf16", "int8", "int8-weight", "int4", "sparse50-int8"]
+    assert names == ["f32", "bf16", *compress.RECIPES]
     assert all(name in out.out for name in names) and got["int8_loads_back_identical"] is True
     for row in got["rows"]:
         assert row["file_bytes"] > row["packed_bytes"] > 0 and row["perplexity"] == pytest.approx(

@@ -192,7 +192,7 @@ def test_summary_of_a_bundle(capsys, folder):
     )
     kinds = {row["path"]: row["kind"] for row in got["leaves"]}
     assert (
-        kinds["blocks/0-2/mlp/up"] == "QTensor(bits=8, activations=int8)"
+        kinds["blocks/0-2/mlp/up"] == "Turned(hadamard=64) of QTensor(bits=8, activations=int8)"
         and kinds["norm/weight"] == "float32"
     )
     assert got["card"]["name"] == "plain" and 8 < got["bits_per_weight"] < 10
@@ -205,7 +205,7 @@ def test_summary_of_what_runs(capsys, folder):
     """Fused leaves, with how their products run; sizes have no weights to run."""
     got = as_json(capsys, folder, "summary", folder / "small", "--running")
     runs = {row["path"]: row["runs"] for row in got["leaves"]}
-    assert runs["blocks/0-2/mlp/gate+up"].startswith(("kernel in C++", "products of int8"))
+    assert runs["blocks/0-2/mlp/gate+up"].startswith("its input turned, then ")
     assert runs["norm/weight"] == "products in float"
     shown = call(capsys, "summary", folder / "small", "--running", "--runs", folder / "runs").out
     assert "runs" in shown and "products in" in " ".join(shown.split())
@@ -219,7 +219,7 @@ def test_a_notebook_shows_the_same(folder, monkeypatch):
     assert (
         page is not None
         and "0-2" in page
-        and "3 layers of 128 x 64 QTensor(bits=8, activations=int8)" in page
+        and "Turned(hadamard=64) of QTensor(bits=8, activations=int8)" in page
     )
     shown, _ = DisplayFormatter().format(bundle)
     assert shown["text/html"] == page or "0-2" in shown["text/html"]

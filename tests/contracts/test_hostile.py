@@ -400,7 +400,7 @@ CALLS: dict[str, tuple[Given, Callable[[Any], Any]]] = {
     "contrib.unit_dictionary": (CODE, contrib.unit_dictionary),
     "contrib.without_projection": (TEXT, contrib.without_projection),
 }
-LESS = {"hub.need_processor"}  # it does not look at the weights
+LESS = {"hub.need_processor", "compress.text_batches"}  # they do not look at the weights
 
 
 def written(one: hub.Bundle) -> None:

@@ -45,7 +45,7 @@ TRAINING = [
 ]
 NEW = ["--vocab", "257", "--width", "16", "--depth", "1", "--heads", "2"]
 RECIPE = {
-    "base": "int4",
+    "base": "int4-rtn",
     "rules": {"blocks/0/.*/(q|k|v|o)": "rtn(bits=8)", "?head": ""},
     "compute": "bfloat16",
     "name": "mixed",

@@ -14,7 +14,7 @@ import pytest
 
 from jaxmodel import ops, tree
 from jaxmodel.layers.fuse import cut, divide, fuse, fused_key, unfuse
-from jaxmodel.leaves import QTensor, Sparse
+from jaxmodel.leaves import QTensor, Sparse, Turned
 from jaxmodel.ops.probe import zeros_for
 
 
@@ -53,6 +53,7 @@ LEAVES = {
     "int4 groups": lambda w: quantise(w, 4, group=8),
     "int3": lambda w: quantise(w, 3),
     "dynamic": lambda w: quantise(w, activations="int8"),
+    "turned": lambda w: Turned(quantise(w), hadamard=4),
 }
 
 
