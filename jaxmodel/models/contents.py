@@ -133,4 +133,5 @@ def _kind(leaf: Any) -> str:
     }
     shown = [f"{name}={value}" for name, value in static.items() if value and name != "pad"]
     said = f"{type(leaf).__name__}({', '.join(shown)})"
-    return f"{said} of {_kind(leaf.base)}" if hasattr(leaf, "base") else said
+    base = getattr(leaf, "base", None)
+    return said if base is None else f"{said} of {_kind(base)}"
