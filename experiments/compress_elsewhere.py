@@ -12,10 +12,10 @@ Cost:     about 15 minutes on two cores, most of it training; --quick 3. Needs t
   $JAXMODEL_DATA, MiniLM in its package and MNIST.
 Goals:    gptq wins something back at 3 and 4 bits, sparsegpt at 50 % and at 2:4, on every model.
 Measured: the quick form only, on a busy machine. MiniLM moves by 0.100 (one minus the cosine) at 4
-          bits a row by rounding; gptq wins 75.3 % of it back, behind turned inputs 84.9 %; at 3 bits
-          82.8 and 86.9 % of 0.409; sparsegpt 65.3 % of 0.266 at 50 %, 62.2 % of 0.442 at 2:4. The
-          network loses 0.0013 nats at 4 bits (78.4 and 91.1 % won back), 0.0083 at 50 % (91.2 %);
-          wanda is worse than magnitude there. The decoder, hardly trained, loses too little to
+          bits a row by rounding; gptq wins 75.3 % of it back, behind turned inputs 84.9 %; at 3
+          bits 82.8 and 86.9 % of 0.409; sparsegpt 65.3 % of 0.266 at 50 %, 62.2 % of 0.442 at 2:4.
+          The network loses 0.0013 nats at 4 bits (78.4 and 91.1 % won back), 0.0083 at 50 % (91.2
+          %); wanda is worse than magnitude there. The decoder, hardly trained, loses too little to
           tell (0.0023 nats). The full form has not been run.
 """
 
