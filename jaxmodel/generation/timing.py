@@ -6,12 +6,13 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxmodel import tree
-from jaxmodel.errors import at_least
+from jaxmodel.errors import InputError, at_least
 from jaxmodel.generation import decode
 from jaxmodel.generation.sampling import GREEDY
 from jaxmodel.hub.bundle import Bundle
@@ -43,7 +44,7 @@ def measure_speed(
       `prefill_tps`, and `decode_tps_N` (over all rows) for each N of `streams`.
 
     Raises:
-      InputError: `prompt` or `cache` below 1.
+      InputError: `prompt` or `cache` below 1, or a model that does not continue texts.
     """
     speeds = {}
     for name, (tokens, work) in tasks(bundle, streams, prompt, new, cache).items():
@@ -53,43 +54,49 @@ def measure_speed(
 
 
 def compare_speed(
-    base: Bundle,
-    other: Bundle,
+    before: Bundle,
+    after: Bundle,
     streams: Sequence[int] = (1, 8),
     prompt: int = 512,
     new: int = 16,
     cache: int = 256,
     turns: int = 5,
-) -> dict[str, float]:
-    """Measure how many times as fast as `base` another bundle is, both in turns.
+) -> dict[str, Any]:
+    """Measure prefill and greedy decoding of two bundles in turns.
 
-    Other work on the machine slows single runs, so each turn runs one after the other, and the
-    median of the turns' ratios counts.
+    Other work on the machine slows single runs, so each turn runs one after the other, and medians
+    over the turns count.
 
     Args:
-      base: what a ratio of 1 stands for.
-      other: the bundle of interest.
+      before: what a ratio of 1 stands for.
+      after: the bundle of interest, such as the compressed one.
       streams: as in `measure_speed`.
       prompt: as in `measure_speed`.
       new: as in `measure_speed`.
       cache: as in `measure_speed`.
-      turns: number of ratios of which the median is taken.
+      turns: number of runs of each.
 
     Returns:
-      Ratios, with the keys of `measure_speed`.
+      `before` and `after`, each with the keys of `measure_speed`, in tokens per second; `ratio`,
+      how many times as fast `after` is; and the settings.
 
     Raises:
       InputError: as in `measure_speed`, or `turns` below 1.
     """
     at_least("turns", turns)
-    first, second = (tasks(one, streams, prompt, new, cache) for one in (base, other))
-    ratios = {}
-    for name, (_, slow) in first.items():
+    first, second = (tasks(one, streams, prompt, new, cache) for one in (before, after))
+    found: dict[str, dict[str, float]] = {"before": {}, "after": {}, "ratio": {}}
+    for name, (tokens, slow) in first.items():
         fast = second[name][1]
         for work in (slow, fast):
             work().block_until_ready()  # compiles
-        ratios[name] = statistics.median(_seconds(slow) / _seconds(fast) for _ in range(turns))
-    return ratios
+        seconds = [(_seconds(slow), _seconds(fast)) for _ in range(turns)]
+        found["before"][name] = statistics.median(tokens / was for was, _ in seconds)
+        found["after"][name] = statistics.median(tokens / now for _, now in seconds)
+        found["ratio"][name] = statistics.median(was / now for was, now in seconds)
+    context = before.model.config.context
+    settings = {"prompt": min(prompt, context), "new": new, "cache": min(cache, context)}
+    return {**found, **settings, "turns": turns}
 
 
 def tasks(
@@ -110,6 +117,10 @@ def tasks(
     for name, tokens in (("prompt", prompt), ("cache", cache)):
         at_least(name, tokens)
     model = bundle.model
+    if not model.continues:
+        raise InputError(
+            f"bundle: {model.family or 'the model'} does not continue texts; allowed: a decoder"
+        )
     params = bundle.for_inference()
     prompt = min(prompt, model.config.context)
     cache = min(cache, model.config.context)

@@ -43,6 +43,20 @@ def largest_block(n: int) -> int:
     return max(m for m in range(1, n + 1) if n % m == 0 and _signs(m) is not None)
 
 
+def block_of(n: int, block: int | None = None) -> int:
+    """Return the size of the blocks in which n units are rotated; 0 if they are not.
+
+    Args:
+      n: units.
+      block: the size asked for; None for the largest.
+
+    >>> block_of(576), block_of(576, 64), block_of(576, 128), block_of(7)
+    (576, 64, 0, 0)
+    """
+    size = largest_block(n) if block is None else block
+    return size if size > 1 and n % size == 0 else 0
+
+
 def turn(x: Float[Array, "... n"], size: int, *, back: bool = False) -> Float[Array, "... n"]:
     """Multiply each block of `size` along the last axis with a Hadamard matrix: `x @ H`.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodel import compress, data, evaluate, hub, leaves, tree
+from jaxmodel import compress, data, evaluate, generation, hub, leaves, tree
 from tests.cli.conftest import as_json, call, run
 
 GPTQ = "gptq(3, group=16)"
@@ -119,8 +118,9 @@ def test_what_is_wrong_is_one_line(capsys, folder):
 
 def test_a_table_for_people(capsys, folder, monkeypatch):
     """Of the run above, so that nothing is compiled again but what measures the speed."""
-    quick = functools.partial(compress.latency, streams=(1,), new=1, turns=1)
-    monkeypatch.setattr(compress, "latency", quick)
+    measure = generation.compare_speed
+    quick = lambda before, after, turns: measure(before, after, streams=(1,), new=1, turns=1)
+    monkeypatch.setattr(generation, "compare_speed", quick)
     words = ("--recipe", GPTQ, "--calibration", folder / "text.txt", "--order", "sequential")
     sizes = ("--windows", 9, "--window", 32, "--held-out", 0.12, "--cap", 3.0)
     where = ("--out", folder / "again", "--runs", folder / "runs")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodel import compress, hub, losses, tree
+from jaxmodel import compress, generation, hub, losses, tree
 from jaxmodel.compress import Recipe
 from jaxmodel.compress.observe import probed
 from jaxmodel.compress.recipes import ByRole
@@ -352,10 +352,9 @@ def test_what_is_wrong_is_said():
             "given without batches",
         ),
         (
-            lambda: compress.latency(reader, reader),
-            "latency: bert does not continue texts; allowed: a decoder",
+            lambda: generation.compare_speed(reader, reader),
+            "bundle: bert does not continue texts; allowed: a decoder",
         ),
-        (lambda: compress.latency(bundle, bundle, turns=0), "turns: 0 given"),
     ):
         with pytest.raises(InputError, match=message):
             call()

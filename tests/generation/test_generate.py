@@ -315,7 +315,8 @@ def test_speeds_are_compared_in_turns(bundle, monkeypatch):
     monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     other = dataclasses.replace(bundle)
     found = compare_speed(bundle, other, turns=3)
-    assert found == {"decode_tps_1": 3.0} and calls == [bundle, other] * 4
+    assert found["ratio"] == {"decode_tps_1": 3.0} and calls == [bundle, other] * 4
+    assert found["before"] == {"decode_tps_1": 1 / 6} and found["after"] == {"decode_tps_1": 1 / 2}
     with pytest.raises(InputError, match="turns: 0 given"):
         compare_speed(bundle, bundle, turns=0)
 

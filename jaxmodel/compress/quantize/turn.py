@@ -10,8 +10,9 @@ from jaxmodel.compress.draft import Draft, LeafStats
 from jaxmodel.compress.method import Method
 from jaxmodel.compress.quantize.rtn import check_unrounded
 from jaxmodel.errors import InputError
-from jaxmodel.leaves.hadamard import largest_block, turn
+from jaxmodel.leaves.hadamard import block_of, largest_block, turn
 from jaxmodel.schema import Count
+from jaxmodel.text_form import Member
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,20 +34,26 @@ class Turn(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block is not None and largest_block(self.block) != self.block:
-            self.refuse(
-                "block", f"a size of a Hadamard matrix, such as {largest_block(self.block)}"
-            )
+        check_block(self, self.block)
 
     def step(self, draft: Draft, stats: LeafStats, key: jax.Array) -> Draft:
         """Rotate a matrix; see `Method`."""
         check_unrounded(self, draft)
         if draft.keep is not None or draft.block is not None:
             raise InputError("turn: the weights are pruned already; allowed: turn() before that")
-        n = draft.shape[-1]
-        size = self.block or largest_block(n)
-        if draft.hadamard or size < 2 or n % size:
+        size = block_of(draft.shape[-1], self.block)
+        if draft.hadamard or not size:
             return draft
         weight = turn(draft.weight, size)
         target = turn(draft.target, size)
         return dataclasses.replace(draft, weight=weight, target=target, hadamard=size, changed=True)
+
+
+def check_block(one: Member, block: int | None) -> None:
+    """Refuse a block for which no Hadamard matrix is known.
+
+    Raises:
+      InputError: it is one.
+    """
+    if block is not None and largest_block(block) != block:
+        one.refuse("block", f"a size of a Hadamard matrix, such as {largest_block(block)}")

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from jaxmodel import rng, tree
 from jaxmodel.axes import Group, groups
 from jaxmodel.compress.observe import Stats
+from jaxmodel.compress.quantize.turn import check_block
 from jaxmodel.compress.transforms.moves import (
     Leaves,
     Map,
@@ -25,7 +26,7 @@ from jaxmodel.compress.transforms.moves import (
 from jaxmodel.compress.transforms.transform import Transform
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import Turned
-from jaxmodel.leaves.hadamard import hadamard, largest_block, turn
+from jaxmodel.leaves.hadamard import block_of, hadamard, largest_block, turn
 from jaxmodel.models import Model
 from jaxmodel.models.reads import reads
 from jaxmodel.models.untie import untied
@@ -68,10 +69,7 @@ class Rotate(Transform):
         super().__post_init__()
         if not (self.stream or self.heads or self.online):
             self.refuse("stream", "True for one of stream, heads and online")
-        if self.block is not None and largest_block(self.block) != self.block:
-            self.refuse(
-                "block", f"a size of a Hadamard matrix, such as {largest_block(self.block)}"
-            )
+        check_block(self, self.block)
 
     def change(
         self, model: Model, params: tree.Params, stats: Stats, key: jax.Array
@@ -95,8 +93,7 @@ class Rotate(Transform):
                 if letters.role not in ("matrix", "experts") or path in rotated or "_" in inside:
                     continue
                 leaf = plain(path, leaves[path])
-                size = self.block or largest_block(leaf.shape[-1])
-                if size > 1 and leaf.shape[-1] % size == 0:
+                if size := block_of(leaf.shape[-1], self.block):
                     base = turn(leaf.astype(jnp.float32), size).astype(leaf.dtype)
                     leaves[path] = Turned(base, hadamard=size)
                     rotated.add(path)
